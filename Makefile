@@ -1,0 +1,33 @@
+# make quickstart   train, evaluate and compare BN and RefBN detectors in minutes on a laptop
+# make test         the test suite
+# make setup        what both do first: .venv with everything, from PyPI
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUTPUT ?= output/quickstart
+
+.PHONY: setup quickstart test lint clean
+
+setup: $(VENV)/.complete
+
+# The marker comes last, so an interrupted set-up runs again; each step skips what is done.
+$(VENV)/.complete: requirements.txt setup.py tools/setup_detectron2.py
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing requirements into $(VENV) (the first time about 3 GB)"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements.txt
+	@$(BIN)/python tools/setup_detectron2.py
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+quickstart: setup
+	@$(BIN)/python tools/quickstart.py --output $(OUTPUT)
+
+test: setup
+	@$(BIN)/python -m pytest
+
+lint: setup
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,99 @@
+"""The keys of MODEL.REFBN, loading a config file safely, and giving a model what it says."""
+
+import difflib
+import math
+import re
+from typing import List, Optional
+
+import yaml
+from detectron2.config import CfgNode as CN
+from detectron2.config import get_cfg
+from torch import nn
+
+from .errors import UserError
+from .norms import RefBatchNorm2d
+
+__all__ = ["add_refbn_config", "apply_norm_config", "load_config"]
+
+
+def add_refbn_config(cfg: CN) -> None:
+    """Adds the keys of RefBN to a detectron2 config. MODEL.RESNETS.NORM "RefBN" turns it on."""
+    _C = cfg
+    _C.MODEL.REFBN = CN()
+    # Weight of the reference in samples: lambda1 = k / (N + k). The paper's is 1; 0 is BatchNorm.
+    _C.MODEL.REFBN.PSEUDO_COUNT = 1.0
+
+    _C.MODEL.REFBN.REFERENCE = CN()
+    # Which training images (and augmentations) are the reference batch. A seed of its own, so that
+    # runs with different SEED can share a reference and runs with one SEED can differ in it.
+    _C.MODEL.REFBN.REFERENCE.SEED = 0
+    # Size of the reference batch in images, over all processes; 0 is SOLVER.IMS_PER_BATCH.
+    _C.MODEL.REFBN.REFERENCE.NUM_IMAGES = 0
+    # Take the reference again from the same images every so many iterations, as the network learns;
+    # 0 never does (the paper's text), 1 is the literal reading of its Algorithm 2.
+    _C.MODEL.REFBN.REFERENCE.REFRESH_PERIOD = 0
+
+
+def load_config(path: str, opts: Optional[List[str]] = None) -> CN:
+    """Reads a YAML file and ``KEY VALUE`` overrides into a detectron2 config with RefBN's keys.
+
+    Unlike detectron2's default, Python object tags in the YAML (or its ``_BASE_``) are refused:
+    they would run code.
+
+    Raises:
+        UserError: the file is missing or not plain YAML, a key is unknown, a value is bad.
+    """
+    cfg = get_cfg()
+    add_refbn_config(cfg)
+    try:
+        if path:
+            cfg.merge_from_file(path, allow_unsafe=False)
+        where = "on the command line"
+        cfg.merge_from_list(opts or [])
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        place = f"{mark.name}, line {mark.line + 1}" if mark else path
+        raise UserError(f"{place}: not plain YAML: {getattr(e, 'problem', e)}") from None
+    except KeyError as e:
+        raise UserError(_unknown_key(cfg, str(e.args[0]))) from None
+    except (AssertionError, ValueError, OSError, AttributeError, TypeError) as e:
+        raise UserError(f"{path or where}: {e}") from None
+    _check(cfg)
+    return cfg
+
+
+def _unknown_key(cfg: CN, message: str) -> str:
+    found = re.search(r"Non-existent (?:config )?key: ([\w.]+)", message)
+    if not found:
+        return message
+    keys = list(_flat_keys(cfg))
+    close = difflib.get_close_matches(found[1], keys, n=1)
+    return f"unknown config key {found[1]}" + (f"; did you mean {close[0]}?" if close else "")
+
+
+def _flat_keys(node: CN, prefix: str = ""):
+    for key, value in node.items():
+        yield prefix + key
+        if isinstance(value, CN):
+            yield from _flat_keys(value, f"{prefix}{key}.")
+
+
+def _check(cfg: CN) -> None:
+    refbn, reference = cfg.MODEL.REFBN, cfg.MODEL.REFBN.REFERENCE
+    if not (math.isfinite(refbn.PSEUDO_COUNT) and refbn.PSEUDO_COUNT >= 0):
+        raise UserError(
+            f"MODEL.REFBN.PSEUDO_COUNT is {refbn.PSEUDO_COUNT}: use a finite number >= 0"
+        )
+    for key in ("SEED", "NUM_IMAGES", "REFRESH_PERIOD"):
+        if not 0 <= reference[key] < 2**32:
+            raise UserError(
+                f"MODEL.REFBN.REFERENCE.{key} is {reference[key]}: use a whole number >= 0"
+            )
+
+
+def apply_norm_config(model: nn.Module, cfg: CN) -> nn.Module:
+    """Gives the norms of ``model`` what MODEL.REFBN says (get_norm does not see the config)."""
+    for m in model.modules():
+        if isinstance(m, RefBatchNorm2d):
+            m.pseudo_count = float(cfg.MODEL.REFBN.PSEUDO_COUNT)
+    return model

@@ -1,0 +1,173 @@
+"""The quick data set: scenes of handwritten digits in COCO format, generated on the spot.
+
+The strokes are real: scikit-learn's copy of the UCI digits (1,797 samples of 8x8, CC BY 4.0). A
+scene holds several of them, scaled, turned, overlapping, on textured noise. Train and val scenes
+use disjoint samples.
+"""
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Dict, List, Tuple
+
+import cv2
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+from pycocotools import mask as mask_util
+
+__all__ = ["SPLITS", "digit_samples", "generate", "paste", "register", "root"]
+
+logger = logging.getLogger(__name__)
+
+IMAGE_SIZE = 128
+# name -> (scenes, seed). The sizes make one run a matter of minutes on one CPU core.
+SPLITS: Dict[str, Tuple[int, int]] = {"train": (1200, 1), "val": (300, 2)}
+CLASSES = [str(d) for d in range(10)]
+_VERSION = "v1"  # part of the folder's name: change it with the contents
+
+
+def root() -> Path:
+    """Where the data set is, or will be: below detectron2's own DETECTRON2_DATASETS."""
+    return Path(os.getenv("DETECTRON2_DATASETS", "datasets")) / f"quick_digits_{_VERSION}"
+
+
+def digit_samples(split: str) -> Tuple[np.ndarray, np.ndarray]:
+    """Strokes and labels of the samples that ``split`` ("train" or "val") may use.
+
+    Returns:
+        float32 (n, 8, 8) in [0, 1] and int64 (n,) in 0..9.
+    """
+    from sklearn.datasets import load_digits  # slow to import
+
+    digits = load_digits()
+    chosen = (np.arange(len(digits.target)) % 4 == 3) == (split == "val")
+    return (digits.images[chosen] / 16).astype("float32"), digits.target[chosen]
+
+
+def paste(
+    image: np.ndarray, stroke: np.ndarray, size: float, center: Tuple[float, float], angle: float
+) -> np.ndarray:
+    """Draws a digit into a grey image.
+
+    Args:
+        image: float32 (H, W) in [0, 255], changed in place.
+        stroke: float32 (8, 8) in [0, 1].
+        size: height and width of the 8x8 raster in the image, in pixels.
+        center: (x, y) in pixels.
+        angle: in degrees.
+
+    Returns:
+        bool (H, W), the pixels that the stroke covers.
+    """
+    scale = size / 8
+    matrix = cv2.getRotationMatrix2D((3.5, 3.5), angle, scale)
+    matrix[:, 2] += np.asarray(center) - 3.5
+    height, width = image.shape
+    ink = cv2.warpAffine(stroke, matrix, (width, height), flags=cv2.INTER_CUBIC)
+    alpha = np.clip((ink - 0.25) * 4, 0, 1)
+    image *= 1 - alpha
+    image += alpha * 255 * np.clip(0.6 + 0.4 * ink, 0, 1)
+    return ink > 0.375
+
+
+def background(rng: np.random.Generator, size: int = IMAGE_SIZE) -> np.ndarray:
+    """Dark clouds with fine noise, float32 (size, size) in [0, 255]."""
+    coarse = rng.uniform(0, 90, (6, 6)).astype("float32")
+    clouds = cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC)
+    return np.clip(clouds + rng.normal(0, 12, (size, size)).astype("float32"), 0, 255)
+
+
+def _scene(rng: np.random.Generator, strokes: np.ndarray, labels: np.ndarray):
+    """One image, uint8 (H, W), and its objects as (label, visible mask)."""
+    image = background(rng)
+    objects: List[Tuple[int, np.ndarray]] = []
+    for _ in range(rng.integers(2, 7)):
+        k = rng.integers(len(labels))
+        size = rng.uniform(28, 72)
+        center = rng.uniform(size * 0.35, IMAGE_SIZE - size * 0.35, 2)
+        mask = paste(image, strokes[k], size, tuple(center), rng.uniform(-12, 12))
+        # The newcomer hides what lies below it.
+        objects = [(label, old & ~mask) for label, old in objects]
+        objects.append((int(labels[k]), mask))
+    return image.astype("uint8"), [(label, m) for label, m in objects if m.sum() >= 60]
+
+
+def generate(folder: Path) -> None:
+    """Writes images and instances_{train,val}.json below ``folder``; the same bytes each time."""
+    from tqdm import tqdm
+
+    for split, (num_scenes, seed) in SPLITS.items():
+        rng = np.random.default_rng(seed)
+        strokes, labels = digit_samples(split)
+        (folder / split).mkdir(parents=True)
+        images, annotations = [], []
+        for image_id in tqdm(range(1, num_scenes + 1), desc=f"quick data, {split}"):
+            image, objects = _scene(rng, strokes, labels)
+            file_name = f"{image_id:06d}.png"
+            cv2.imwrite(str(folder / split / file_name), image)
+            images.append(
+                {"id": image_id, "file_name": file_name, "height": IMAGE_SIZE, "width": IMAGE_SIZE}
+            )
+            for label, mask in objects:
+                rle = mask_util.encode(np.asfortranarray(mask))
+                rle["counts"] = rle["counts"].decode()
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": image_id,
+                        "category_id": label + 1,
+                        "bbox": mask_util.toBbox(rle).tolist(),
+                        "area": int(mask.sum()),
+                        "iscrowd": 0,
+                        "segmentation": rle,
+                    }
+                )
+        content = {
+            "info": {"description": "Scenes of handwritten digits, generated by refbn_d2"},
+            "images": images,
+            "annotations": annotations,
+            "categories": [{"id": d + 1, "name": name} for d, name in enumerate(CLASSES)],
+        }
+        (folder / f"instances_{split}.json").write_text(json.dumps(content))
+
+
+def _ensure() -> Path:
+    """Generates the data set if it is not there. Safe with several processes at once."""
+    folder = root()
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name))
+        try:
+            generate(partial)
+            partial.chmod(0o755)
+            partial.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster
+                raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _load(split: str) -> List[dict]:
+    folder = _ensure()
+    name = f"quick_digits_{split}"
+    return load_coco_json(str(folder / f"instances_{split}.json"), str(folder / split), name)
+
+
+def register() -> None:
+    """Registers quick_digits_train and quick_digits_val; they are generated when first loaded."""
+    for split in SPLITS:
+        name = f"quick_digits_{split}"
+        if name in DatasetCatalog.list():
+            continue
+        DatasetCatalog.register(name, lambda split=split: _load(split))
+        MetadataCatalog.get(name).set(
+            json_file=str(root() / f"instances_{split}.json"),
+            image_root=str(root() / split),
+            evaluator_type="coco",
+        )

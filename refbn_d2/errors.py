@@ -1,0 +1,57 @@
+"""Mistakes of a user: reported on one line, never with a traceback."""
+
+import functools
+import logging
+import re
+import sys
+from typing import Callable
+
+__all__ = ["UserError", "one_line_errors"]
+
+
+class UserError(Exception):
+    """A mistake that the user can mend; the message names the thing, the value and the remedy."""
+
+
+class _NoTraceback(logging.Filter):
+    """Takes the traceback off log records of user errors (TrainerBase logs every exception)."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and _user_message(record.exc_info[1]) is not None:
+            record.exc_info = None
+            record.exc_text = None
+        return True
+
+
+def _user_message(error: BaseException):
+    """The line to show if ``error`` is a user's mistake, also one of a worker process; or None."""
+    if isinstance(error, UserError):
+        text = str(error)
+    else:
+        text = str(error) if UserError.__name__ in str(error) else ""
+    # Worker processes (data loader, launch) put the remote traceback into the message.
+    remote = re.findall(r"^(?:refbn_d2\.errors\.)?UserError: (.*)$", text, flags=re.MULTILINE)
+    if remote:
+        return remote[-1]
+    return " ".join(text.split()) if isinstance(error, UserError) else None
+
+
+def one_line_errors(main: Callable[[], None]) -> Callable[[], None]:
+    """Makes the command ``main`` end a user's mistake with one line and exit status 1."""
+
+    @functools.wraps(main)
+    def wrapped():
+        logging.getLogger("detectron2.engine.train_loop").addFilter(_NoTraceback())
+        try:
+            return main()
+        except Exception as e:
+            message = _user_message(e)
+            if message is None:
+                raise
+            print(f"error: {message}", file=sys.stderr)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            print("interrupted; run the same command again to go on", file=sys.stderr)
+            sys.exit(130)
+
+    return wrapped

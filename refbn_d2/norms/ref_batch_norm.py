@@ -1,0 +1,224 @@
+"""RefBatchNorm2d, and the base of every norm that holds a reference."""
+
+import logging
+import math
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .capture import Moments
+from .functional import batch_moments, ref_batch_norm
+
+__all__ = ["RefBatchNorm2d", "ReferenceNorm2d"]
+
+logger = logging.getLogger(__name__)
+
+_REFERENCE_KEYS = ("ref_mean", "ref_var", "ref_captured")
+
+
+class ReferenceNorm2d(nn.BatchNorm2d):
+    """A BatchNorm2d that also holds the statistics of one fixed reference batch.
+
+    It *is* an ``nn.BatchNorm2d`` so that what looks for BatchNorm finds it: the weight decay of
+    norms, precise-BN, ``freeze()`` and the conversion to FrozenBatchNorm2d in detectron2. It has
+    BatchNorm's parameters and buffers under BatchNorm's names, and loads a BatchNorm state dict
+    without complaint (the reference is then not captured). Evaluation is BatchNorm's: one affine
+    map per channel by the running statistics.
+
+    Subclasses say in :meth:`_normalize` how a training batch is normalized by the reference.
+
+    Buffers:
+        ref_mean: (num_features,), mean of the reference batch (eq. 11).
+        ref_var: (num_features,), its biased variance (eq. 12).
+        ref_captured: bool scalar, whether the two above have been taken.
+    """
+
+    _fallback_logged = False
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: Optional[float] = 0.1,
+        *,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        factory = {"device": device, "dtype": dtype}
+        self.register_buffer("ref_mean", torch.zeros(num_features, **factory))
+        self.register_buffer("ref_var", torch.ones(num_features, **factory))
+        self.register_buffer("ref_captured", torch.tensor(False, device=device))
+        # A copy of ref_captured on the host: reading the buffer would wait for the GPU each step.
+        self._has_reference = False
+        # Set while norms.capture() runs.
+        self._moments: Optional[Moments] = None
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a reference is held."""
+        return self._has_reference
+
+    @torch.no_grad()
+    def set_reference(self, mean: Tensor, var: Tensor, count: Optional[int] = None) -> None:
+        """Fixes the reference.
+
+        Args:
+            mean: (num_features,), eq. 11.
+            var: (num_features,), biased, eq. 12.
+            count: elements per channel that they come from, if known.
+
+        Raises:
+            ValueError: one element has no variance to be a reference with.
+        """
+        if count == 1:
+            raise ValueError(
+                f"{self!r}: a reference needs more than 1 value per channel, got 1; "
+                "use a larger reference batch"
+            )
+        self.ref_mean.copy_(mean)
+        self.ref_var.copy_(var)
+        self.ref_captured.fill_(True)
+        self._has_reference = True
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if "ref_captured" in self._buffers:  # the base class calls this before they exist
+            self.drop_reference()
+
+    def drop_reference(self) -> None:
+        """Forgets the reference, as if none had been captured."""
+        self.ref_mean.zero_()
+        self.ref_var.fill_(1)
+        self.ref_captured.fill_(False)
+        self._has_reference = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalizes x, (N, C, H, W); same shape, dtype and memory format out."""
+        self._check_input_dim(x)
+        if self._moments is not None:
+            return self._capture(x)
+        if not self.training and self.running_mean is not None:
+            return super().forward(x)
+        if x.numel() == 0:
+            return self._affine(x)
+        if not self._has_reference:
+            self._reference_from(x)
+        return self._normalize(x)
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _affine(self, x: Tensor, mean: Optional[Tensor] = None, var: Optional[Tensor] = None):
+        """gamma (x - mean) / sqrt(var + eps) + beta; also for empty x, where gradients are zeros."""
+        mean = self.ref_mean if mean is None else mean.to(self.ref_mean.dtype)
+        var = self.ref_var if var is None else var.to(self.ref_var.dtype)
+        return F.batch_norm(x, mean, var, self.weight, self.bias, training=False, eps=self.eps)
+
+    def _capture(self, x: Tensor) -> Tensor:
+        self._moments.add(x)
+        return self._affine(x, self._moments.mean, self._moments.var)
+
+    def _reference_from(self, x: Tensor) -> None:
+        """The first batch becomes the reference where nobody captured one."""
+        if x.numel() == x.shape[1]:
+            raise ValueError(
+                f"{self!r}: no reference is captured and {tuple(x.shape)} has only 1 value per "
+                "channel to take one from; capture a reference batch before training"
+            )
+        if not ReferenceNorm2d._fallback_logged:
+            ReferenceNorm2d._fallback_logged = True
+            logger.warning(
+                "No reference was captured before training: each layer takes the first batch it "
+                "sees as its reference. refbn_d2.capture_reference(model, batch) chooses it."
+            )
+        self.set_reference(*batch_moments(x.detach()))
+
+    @torch.no_grad()
+    def _update_running_stats(self, mean: Tensor, var: Tensor) -> None:
+        """Moves the running statistics towards (C,) ``mean``, ``var``, as BatchNorm does."""
+        if not self.training or self.running_mean is None:
+            return
+        self.num_batches_tracked.add_(1)
+        if self.momentum is None:  # cumulative average
+            factor = 1.0 / float(self.num_batches_tracked)
+        else:
+            factor = self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
+        self.running_var.lerp_(var.to(self.running_var.dtype), factor)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        keys = [prefix + k for k in _REFERENCE_KEYS]
+        if not any(k in state_dict for k in keys):
+            # A BatchNorm checkpoint. A reference held so far is that of other weights.
+            self.drop_reference()
+            state_dict = {**state_dict, **{k: getattr(self, k[len(prefix) :]) for k in keys}}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._has_reference = bool(self.ref_captured)
+
+    def extra_repr(self) -> str:
+        held = "captured" if self._has_reference else "not captured"
+        return f"{super().extra_repr()}, reference={held}"
+
+
+class RefBatchNorm2d(ReferenceNorm2d):
+    """Reference-batch normalization, RefBN (Luo, Li and Zuo 2020, Algorithm 2).
+
+    A training batch is normalized by its own statistics mixed with those of the reference batch,
+    which counts as ``pseudo_count`` further samples (eq. 13-16)::
+
+        lambda1 = pseudo_count / (N + pseudo_count),  lambda2 = 1 - lambda1
+        mean = lambda2 mean_B + lambda1 ref_mean
+        var  = lambda2 var_B  + lambda1 ref_var
+        y    = weight (x - mean) / sqrt(var + eps) + bias
+
+    N is the first dimension of the layer's own input on this process: images in a backbone, RoIs
+    in a box or mask head. ``running_mean`` and ``running_var`` average the *mixed* statistics, the
+    ones training normalized by, with Bessel's correction on the batch's share (Algorithm 3).
+    Statistics are kept in float32 (float64 for float64 input) and the output has x's dtype.
+
+    An empty batch gives an empty output that carries a gradient, and updates nothing. One value
+    per channel is legal once a reference is held. With ``pseudo_count=0`` this is nn.BatchNorm2d.
+
+    Args:
+        num_features: C.
+        eps: added to the variance.
+        momentum: of the running statistics; None for a cumulative average.
+        pseudo_count: weight of the reference in samples, >= 0; the paper's is 1.
+        affine, track_running_stats, device, dtype: as in nn.BatchNorm2d.
+
+    Raises:
+        ValueError: ``pseudo_count`` is negative or not finite.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: Optional[float] = 0.1,
+        pseudo_count: float = 1.0,
+        **kwargs,
+    ):
+        if not (math.isfinite(pseudo_count) and pseudo_count >= 0):
+            raise ValueError(f"pseudo_count must be a finite number >= 0, got {pseudo_count}")
+        super().__init__(num_features, eps, momentum, **kwargs)
+        self.pseudo_count = float(pseudo_count)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pseudo_count == 0 and self._moments is None:
+            return nn.BatchNorm2d.forward(self, x)
+        return super().forward(x)
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        y, mean, var = ref_batch_norm(
+            x, self.ref_mean, self.ref_var, self.weight, self.bias, self.pseudo_count, self.eps
+        )
+        self._update_running_stats(mean, var)
+        return y
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, pseudo_count={self.pseudo_count:g}"
