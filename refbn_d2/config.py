@@ -13,7 +13,7 @@ from torch import nn
 from .errors import UserError
 from .norms import RefBatchNorm2d
 
-__all__ = ["add_refbn_config", "apply_norm_config", "load_config"]
+__all__ = ["add_classification_config", "add_data_config", "add_refbn_config", "apply_norm_config", "load_config"]
 
 
 def add_refbn_config(cfg: CN) -> None:
@@ -34,6 +34,19 @@ def add_refbn_config(cfg: CN) -> None:
     _C.MODEL.REFBN.REFERENCE.REFRESH_PERIOD = 0
 
 
+def add_data_config(cfg: CN) -> None:
+    """Adds the keys of the sampler whose batches are not i.i.d."""
+    # For SAMPLER_TRAIN "GroupedTrainingSampler": the share of a batch that comes from one group
+    # (style or main category), 0 (i.i.d.) to 1.
+    cfg.DATALOADER.GROUPING_STRENGTH = 0.0
+
+
+def add_classification_config(cfg: CN) -> None:
+    """Adds the keys of the ImageClassifier meta-architecture."""
+    cfg.MODEL.CLASSIFIER = CN()
+    cfg.MODEL.CLASSIFIER.NUM_CLASSES = 1000
+
+
 def load_config(path: str, opts: Optional[List[str]] = None) -> CN:
     """Reads a YAML file and ``KEY VALUE`` overrides into a detectron2 config with RefBN's keys.
 
@@ -45,6 +58,8 @@ def load_config(path: str, opts: Optional[List[str]] = None) -> CN:
     """
     cfg = get_cfg()
     add_refbn_config(cfg)
+    add_data_config(cfg)
+    add_classification_config(cfg)
     try:
         if path:
             cfg.merge_from_file(path, allow_unsafe=False)
@@ -83,6 +98,10 @@ def _check(cfg: CN) -> None:
     if not (math.isfinite(refbn.PSEUDO_COUNT) and refbn.PSEUDO_COUNT >= 0):
         raise UserError(
             f"MODEL.REFBN.PSEUDO_COUNT is {refbn.PSEUDO_COUNT}: use a finite number >= 0"
+        )
+    if not 0 <= cfg.DATALOADER.GROUPING_STRENGTH <= 1:
+        raise UserError(
+            f"DATALOADER.GROUPING_STRENGTH is {cfg.DATALOADER.GROUPING_STRENGTH}: use 0 to 1"
         )
     for key in ("SEED", "NUM_IMAGES", "REFRESH_PERIOD"):
         if not 0 <= reference[key] < 2**32:

@@ -19,13 +19,20 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from pycocotools import mask as mask_util
 
-__all__ = ["SPLITS", "digit_samples", "generate", "paste", "register", "root"]
+__all__ = ["SPLITS", "STYLES", "background", "digit_samples", "generate", "light", "paste", "register", "root"]
 
 logger = logging.getLogger(__name__)
 
 IMAGE_SIZE = 128
 # name -> (scenes, seed). The sizes make one run a matter of minutes on one CPU core.
 SPLITS: Dict[str, Tuple[int, int]] = {"train": (1200, 1), "val": (300, 2)}
+# Lighting of a scene: gain and offset of its pixels. What makes a batch of one style not i.i.d.
+STYLES: Dict[str, Tuple[float, float]] = {
+    "plain": (1.0, 0.0),
+    "dim": (0.5, 5.0),
+    "bright": (0.75, 60.0),
+    "fog": (0.45, 125.0),
+}
 CLASSES = [str(d) for d in range(10)]
 _VERSION = "v1"  # part of the folder's name: change it with the contents
 
@@ -69,6 +76,8 @@ def paste(
     height, width = image.shape
     ink = cv2.warpAffine(stroke, matrix, (width, height), flags=cv2.INTER_CUBIC)
     alpha = np.clip((ink - 0.25) * 4, 0, 1)
+    # A dark rim, without which white strokes on white strokes have no edge to see.
+    image *= 1 - 0.8 * cv2.dilate(alpha, np.ones((5, 5), "uint8"))
     image *= 1 - alpha
     image += alpha * 255 * np.clip(0.6 + 0.4 * ink, 0, 1)
     return ink > 0.375
@@ -81,8 +90,15 @@ def background(rng: np.random.Generator, size: int = IMAGE_SIZE) -> np.ndarray:
     return np.clip(clouds + rng.normal(0, 12, (size, size)).astype("float32"), 0, 255)
 
 
+def light(image: np.ndarray, style: str) -> np.ndarray:
+    """The image, float32 in [0, 255], in the lighting ``style``, as uint8."""
+    gain, offset = STYLES[style]
+    return np.clip(image * gain + offset, 0, 255).astype("uint8")
+
+
 def _scene(rng: np.random.Generator, strokes: np.ndarray, labels: np.ndarray):
-    """One image, uint8 (H, W), and its objects as (label, visible mask)."""
+    """One image, uint8 (H, W), its style, and its objects as (label, visible mask)."""
+    style = str(rng.choice(list(STYLES)))
     image = background(rng)
     objects: List[Tuple[int, np.ndarray]] = []
     for _ in range(rng.integers(2, 7)):
@@ -93,7 +109,7 @@ def _scene(rng: np.random.Generator, strokes: np.ndarray, labels: np.ndarray):
         # The newcomer hides what lies below it.
         objects = [(label, old & ~mask) for label, old in objects]
         objects.append((int(labels[k]), mask))
-    return image.astype("uint8"), [(label, m) for label, m in objects if m.sum() >= 60]
+    return light(image, style), style, [(label, m) for label, m in objects if m.sum() >= 60]
 
 
 def generate(folder: Path) -> None:
@@ -106,11 +122,17 @@ def generate(folder: Path) -> None:
         (folder / split).mkdir(parents=True)
         images, annotations = [], []
         for image_id in tqdm(range(1, num_scenes + 1), desc=f"quick data, {split}"):
-            image, objects = _scene(rng, strokes, labels)
+            image, style, objects = _scene(rng, strokes, labels)
             file_name = f"{image_id:06d}.png"
             cv2.imwrite(str(folder / split / file_name), image)
             images.append(
-                {"id": image_id, "file_name": file_name, "height": IMAGE_SIZE, "width": IMAGE_SIZE}
+                {
+                    "id": image_id,
+                    "file_name": file_name,
+                    "height": IMAGE_SIZE,
+                    "width": IMAGE_SIZE,
+                    "style": style,
+                }
             )
             for label, mask in objects:
                 rle = mask_util.encode(np.asfortranarray(mask))
@@ -155,8 +177,13 @@ def _ensure() -> Path:
 
 def _load(split: str) -> List[dict]:
     folder = _ensure()
-    name = f"quick_digits_{split}"
-    return load_coco_json(str(folder / f"instances_{split}.json"), str(folder / split), name)
+    json_file = folder / f"instances_{split}.json"
+    dicts = load_coco_json(str(json_file), str(folder / split), f"quick_digits_{split}")
+    # load_coco_json drops what is not COCO's.
+    styles = {i["id"]: i["style"] for i in json.loads(json_file.read_text())["images"]}
+    for d in dicts:
+        d["style"] = styles[d["image_id"]]
+    return dicts
 
 
 def register() -> None:

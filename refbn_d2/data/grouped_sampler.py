@@ -1,0 +1,70 @@
+"""A training sampler whose batches are not i.i.d.: the situation RefBN is meant for."""
+
+import itertools
+from collections import Counter
+from typing import Any, Dict, Iterator, List, Optional, Sequence
+
+import torch
+from detectron2.utils import comm
+from torch.utils.data import Sampler
+
+__all__ = ["GroupedTrainingSampler", "image_groups"]
+
+
+def image_groups(dataset_dicts: Sequence[Dict[str, Any]]) -> List[int]:
+    """The group of each image: its "style" where the data set has styles, else the category with
+    most objects in it (images without objects are a group of their own)."""
+
+    def key(d: Dict[str, Any]):
+        if "style" in d:
+            return d["style"]
+        categories = Counter(a["category_id"] for a in d.get("annotations", []))
+        return categories.most_common(1)[0][0] if categories else -1
+
+    keys = [key(d) for d in dataset_dicts]
+    number = {k: i for i, k in enumerate(sorted(set(keys)))}
+    return [number[k] for k in keys]
+
+
+class GroupedTrainingSampler(Sampler):
+    """An infinite stream of epochs, permutations in which the images of a batch share their group.
+
+    In every epoch a fraction ``strength`` of the images, chosen anew, is sorted by group, the others
+    stay shuffled in between. The result is cut into batches and the batches are shuffled. So about
+    ``strength`` of a batch shares a group, and nothing ties a batch to the next: strength 0 is
+    detectron2's TrainingSampler, 1 gives batches of one group each, and a batch of one image knows
+    no difference. What does not fill a batch is left out of its epoch.
+
+    Args:
+        groups: the group of each image, >= 0.
+        strength: in [0, 1].
+        batch_size: of the global batch, over all processes.
+        seed: the same on every process; None for a random one that they share.
+    """
+
+    def __init__(
+        self, groups: Sequence[int], strength: float, batch_size: int, seed: Optional[int] = None
+    ):
+        if not 0 <= strength <= 1:
+            raise ValueError(f"strength must be in [0, 1], got {strength}")
+        if batch_size > len(groups):
+            raise ValueError(f"a batch of {batch_size} needs as many images, got {len(groups)}")
+        self._groups = torch.as_tensor(groups)
+        self._strength = strength
+        self._batch_size = batch_size
+        self._seed = comm.shared_random_seed() if seed is None else int(seed)
+
+    def __iter__(self) -> Iterator[int]:
+        rank, world_size = comm.get_rank(), comm.get_world_size()
+        yield from itertools.islice(self._infinite(), rank, None, world_size)
+
+    def _infinite(self) -> Iterator[int]:
+        g = torch.Generator().manual_seed(self._seed)
+        n = len(self._groups)
+        while True:
+            order = torch.randperm(n, generator=g)
+            slots = torch.rand(n, generator=g) < self._strength
+            members = order[slots]
+            order[slots] = members[torch.argsort(self._groups[members], stable=True)]
+            batches = order[: n - n % self._batch_size].view(-1, self._batch_size)
+            yield from batches[torch.randperm(len(batches), generator=g)].flatten().tolist()

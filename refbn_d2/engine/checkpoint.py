@@ -1,0 +1,43 @@
+"""Reading weights: a file that does not fit the model is an error, not a warning in a long log."""
+
+import os
+import re
+from typing import Any, Dict
+
+from detectron2.checkpoint import DetectionCheckpointer
+
+from ..errors import UserError
+
+__all__ = ["Checkpointer"]
+
+_RESNET_CONV = re.compile(r"res\d\.\d+\.(conv\d|shortcut)\.weight$")
+
+
+class Checkpointer(DetectionCheckpointer):
+    """DetectionCheckpointer that refuses weights of another architecture.
+
+    Upstream loads what fits and logs the rest, which trains a network from random weights after a
+    typing error. Heads may differ (other classes); a backbone may not.
+    """
+
+    def load(self, path: str, checkpointables=None) -> Dict[str, Any]:
+        local = path and "://" not in path and not os.path.isfile(path)
+        if local:
+            raise UserError(f"weights {path!r}: no such file (MODEL.WEIGHTS)")
+        self._path = path
+        return super().load(path, checkpointables)
+
+    def _load_model(self, checkpoint: Any):
+        incompatible = super()._load_model(checkpoint)
+        if incompatible is None:
+            return incompatible
+        missing, extra = incompatible.missing_keys, incompatible.unexpected_keys
+        # R-50 weights in an R-101, or the reverse, fit block by block as far as they go.
+        unmatched = [k for k in [*missing, *extra] if _RESNET_CONV.search(k)]
+        if unmatched or all(n in missing for n, _ in self.model.named_parameters()):
+            detail = f"{unmatched[0]} has no match" if unmatched else "no parameter matches"
+            raise UserError(
+                f"weights {self._path!r} are of another architecture: {detail}; set MODEL.WEIGHTS "
+                "to a file for this model, or to '' to start from random weights"
+            )
+        return incompatible

@@ -1,0 +1,193 @@
+"""DefaultTrainer with a reference, safe configs and errors that name what to mend."""
+
+import logging
+import os
+import weakref
+from typing import Any, Dict, List
+
+import yaml
+from detectron2.config import CfgNode
+from detectron2.data import (
+    DatasetMapper,
+    MetadataCatalog,
+    build_detection_test_loader,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.engine import DefaultTrainer, default_setup
+from detectron2.evaluation import COCOEvaluator
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from torch.utils.data import RandomSampler
+
+from ..config import apply_norm_config, load_config
+from ..data.errors import dataset_errors, naming_the_file
+from ..data.grouped_sampler import GroupedTrainingSampler, image_groups
+from ..errors import UserError
+from ..reference import forked_rng, reference_layers
+from .checkpoint import Checkpointer
+from .hooks import ProgressBar, ReferenceHook
+
+__all__ = ["Trainer", "setup"]
+
+logger = logging.getLogger(__name__)
+
+
+def setup(args) -> CfgNode:
+    """Config of the command line (detectron2's ``default_argument_parser``), logging, seeds.
+
+    Raises:
+        UserError: a bad config, or OUTPUT_DIR holds a run that this one cannot resume.
+    """
+    cfg = load_config(args.config_file, args.opts)
+    if args.resume:
+        _check_resumable(cfg)
+    cfg.freeze()
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="refbn_d2", abbrev_name="refbn")
+    return cfg
+
+
+def _norm_keys(node: Dict[str, Any], prefix: str = "") -> Dict[str, Any]:
+    """All keys of a config that say which norms the model has."""
+    found = {}
+    for key, value in node.items():
+        if isinstance(value, dict):
+            found.update(_norm_keys(value, f"{prefix}{key}."))
+        elif key in ("NORM", "PSEUDO_COUNT"):
+            found[prefix + key] = value
+    return found
+
+
+def _check_resumable(cfg: CfgNode) -> None:
+    path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
+    if not os.path.isfile(path):
+        return
+    with open(path) as f:
+        before = _norm_keys(yaml.safe_load(f) or {})
+    for key, value in _norm_keys(cfg).items():
+        if before.get(key, value) != value:
+            raise UserError(
+                f"{cfg.OUTPUT_DIR} holds a run with {key} {before[key]!r}, not {value!r}: "
+                "choose another OUTPUT_DIR, or resume with the config it was started with"
+            )
+
+
+class Trainer(DefaultTrainer):
+    """DefaultTrainer for RefBN: captures the reference before the first step.
+
+    Everything else is detectron2's: hooks, writers, checkpoints, evaluation.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        super().__init__(cfg)
+        self.checkpointer = self.build_checkpointer(
+            cfg, self._trainer.model, trainer=weakref.proxy(self)
+        )
+        for hook in self._hooks:
+            if hasattr(hook, "checkpointer"):  # PeriodicCheckpointer holds the one it was made with
+                hook.checkpointer = self.checkpointer
+
+    @classmethod
+    def build_checkpointer(cls, cfg: CfgNode, model, **checkpointables) -> Checkpointer:
+        """The one way in which training and ``--eval-only`` read weights."""
+        return Checkpointer(model, cfg.OUTPUT_DIR, **checkpointables)
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode):
+        return apply_norm_config(super().build_model(cfg), cfg)
+
+    @classmethod
+    def build_mapper(cls, cfg: CfgNode, is_train: bool):
+        """What turns a dataset dict into model input; errors name the image file."""
+        return naming_the_file(DatasetMapper(cfg, is_train))
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode):
+        overrides = {"mapper": cls.build_mapper(cfg, True)}
+        with dataset_errors(cfg.DATASETS.TRAIN):
+            if cfg.DATALOADER.SAMPLER_TRAIN == "GroupedTrainingSampler":
+                dataset = cls._train_dicts(cfg)
+                sampler = GroupedTrainingSampler(
+                    image_groups(dataset),
+                    cfg.DATALOADER.GROUPING_STRENGTH,
+                    cfg.SOLVER.IMS_PER_BATCH,
+                    cfg.SEED if cfg.SEED >= 0 else None,
+                )
+                # Grouping by shape would mix the batches again.
+                overrides.update(dataset=dataset, sampler=sampler, aspect_ratio_grouping=False)
+            return build_detection_train_loader(cfg, **overrides)
+
+    @staticmethod
+    def _train_dicts(cfg: CfgNode) -> List[Dict[str, Any]]:
+        return get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+        )
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        with dataset_errors([dataset_name]):
+            return build_detection_test_loader(
+                cfg, dataset_name, mapper=cls.build_mapper(cfg, False)
+            )
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str):
+        evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type")
+        if evaluator_type != "coco":
+            raise UserError(
+                f"data set {dataset_name} has evaluator_type {evaluator_type!r}: only 'coco' is "
+                "evaluated here"
+            )
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+        return COCOEvaluator(dataset_name, output_dir=folder, use_fast_impl=False)
+
+    @classmethod
+    def load_reference_batch(cls, cfg: CfgNode) -> List[Dict[str, Any]]:
+        """The reference batch B_fix: a global batch as one process would get it, augmented.
+
+        Every process gets the same: images and augmentations depend on MODEL.REFBN.REFERENCE.SEED
+        and on nothing else.
+        """
+        reference = cfg.MODEL.REFBN.REFERENCE
+        num_images = reference.NUM_IMAGES or cfg.SOLVER.IMS_PER_BATCH
+        with forked_rng(reference.SEED):
+            loader = cls.build_reference_loader(cfg, num_images)
+            batch = next(iter(loader), None)
+        if batch is None:
+            raise UserError(
+                f"{', '.join(cfg.DATASETS.TRAIN)}: fewer than {num_images} images of one "
+                "orientation for the reference batch; lower MODEL.REFBN.REFERENCE.NUM_IMAGES"
+            )
+        return batch
+
+    @classmethod
+    def build_reference_loader(cls, cfg: CfgNode, num_images: int):
+        """Yields batches of ``num_images`` on each process, in an order only torch's RNG decides."""
+        with dataset_errors(cfg.DATASETS.TRAIN):
+            dataset = cls._train_dicts(cfg)
+        return build_detection_train_loader(
+            dataset,
+            mapper=cls.build_mapper(cfg, True),
+            sampler=RandomSampler(dataset),
+            total_batch_size=num_images * comm.get_world_size(),
+            aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+            num_workers=0,
+        )
+
+    def build_hooks(self):
+        hooks = super().build_hooks()
+        if reference_layers(self.model):
+            reference = self.cfg.MODEL.REFBN.REFERENCE
+            hooks.insert(
+                0,
+                ReferenceHook(
+                    lambda: self.load_reference_batch(self.cfg),
+                    reference.SEED,
+                    reference.REFRESH_PERIOD,
+                    self.cfg.OUTPUT_DIR,
+                ),
+            )
+        if comm.is_main_process():
+            hooks.append(ProgressBar())
+        return hooks
