@@ -13,7 +13,13 @@ from torch import nn
 from .errors import UserError
 from .norms import RefBatchNorm2d
 
-__all__ = ["add_classification_config", "add_data_config", "add_refbn_config", "apply_norm_config", "load_config"]
+__all__ = [
+    "add_classification_config",
+    "add_data_config",
+    "add_refbn_config",
+    "apply_norm_config",
+    "load_config",
+]
 
 
 def add_refbn_config(cfg: CN) -> None:

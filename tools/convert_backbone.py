@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Turns a classifier's checkpoint into the weights a detector starts from (MODEL.WEIGHTS).
 
-    tools/convert_backbone.py SRC.pth DST.pth
+tools/convert_backbone.py SRC.pth DST.pth
 """
 
 import argparse

@@ -50,7 +50,9 @@ def installed() -> str:
         "import detectron2, detectron2._C as c, detectron2.engine; "
         "print(detectron2.__version__, 'pure Python' if c.__file__.endswith('.py') else 'compiled')"
     )
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", probe], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", probe], capture_output=True, text=True
+    )
     return run.stdout.strip() if run.returncode == 0 else ""
 
 
@@ -75,7 +77,11 @@ def source_is_reachable() -> bool:
 def install_source() -> bool:
     run = subprocess.run([*INSTALL, f"git+{REPOSITORY}@{COMMIT}"], capture_output=True, text=True)
     if run.returncode != 0:
-        print("detectron2: the official source did not build:", *run.stderr.splitlines()[-3:], sep="\n  ")
+        print(
+            "detectron2: the official source did not build:",
+            *run.stderr.splitlines()[-3:],
+            sep="\n  ",
+        )
     return run.returncode == 0
 
 

@@ -57,7 +57,9 @@ class ImageClassifier(nn.Module):
             In training the losses; otherwise for each image {"scores": (num_classes,)}, logits.
         """
         device = self.pixel_mean.device
-        images = [(d["image"].to(device) - self.pixel_mean) / self.pixel_std for d in batched_inputs]
+        images = [
+            (d["image"].to(device) - self.pixel_mean) / self.pixel_std for d in batched_inputs
+        ]
         images = ImageList.from_tensors(images, self.backbone.size_divisibility).tensor
         features = self.backbone(images)[self._feature]
         scores = self.linear(features.mean(dim=(2, 3)))

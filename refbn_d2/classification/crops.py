@@ -34,7 +34,9 @@ class CropMapper:
         size = rng.uniform(28, 72)
         center = CROP_SIZE / 2 + rng.uniform(-6, 6, 2)
         quick.paste(image, d["stroke"], size, tuple(center), rng.uniform(-12, 12))
-        pixels = torch.from_numpy(quick.light(image, str(rng.choice(list(quick.STYLES))))).expand(3, -1, -1)
+        pixels = torch.from_numpy(quick.light(image, str(rng.choice(list(quick.STYLES))))).expand(
+            3, -1, -1
+        )
         return {"image": pixels, "label": d["label"], "image_id": d["image_id"]}
 
 

@@ -19,7 +19,17 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from pycocotools import mask as mask_util
 
-__all__ = ["SPLITS", "STYLES", "background", "digit_samples", "generate", "light", "paste", "register", "root"]
+__all__ = [
+    "SPLITS",
+    "STYLES",
+    "background",
+    "digit_samples",
+    "generate",
+    "light",
+    "paste",
+    "register",
+    "root",
+]
 
 logger = logging.getLogger(__name__)
 

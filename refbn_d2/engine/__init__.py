@@ -1,5 +1,6 @@
 """The training loop: the only place that knows detectron2's engine."""
 
+from .command import train_command
 from .trainer import Trainer, setup
 
-__all__ = ["Trainer", "setup"]
+__all__ = ["Trainer", "setup", "train_command"]

@@ -44,7 +44,9 @@ def setup(args) -> CfgNode:
         _check_resumable(cfg)
     cfg.freeze()
     default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="refbn_d2", abbrev_name="refbn")
+    setup_logger(
+        cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="refbn_d2", abbrev_name="refbn"
+    )
     return cfg
 
 

@@ -92,4 +92,3 @@ def _replacement(old: nn.Module, build: Callable[..., nn.Module]) -> nn.Module:
     if isinstance(old, ReferenceNorm2d) and isinstance(new, ReferenceNorm2d) and old.has_reference:
         new.set_reference(old.ref_mean, old.ref_var)
     return new.train(old.training)
-

@@ -1,0 +1,46 @@
+"""The command line of the training tools, which is detectron2's own."""
+
+from typing import Type
+
+from detectron2.engine import default_argument_parser, launch
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+
+from ..errors import one_line_errors
+from .trainer import Trainer, setup
+
+__all__ = ["train_command"]
+
+
+def _run(args, trainer_class: Type[Trainer]):
+    cfg = setup(args)
+    if args.eval_only:
+        model = trainer_class.build_model(cfg)
+        checkpointer = trainer_class.build_checkpointer(cfg, model)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        results = trainer_class.test(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+    trainer = trainer_class(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+@one_line_errors
+def train_command(trainer_class: Type[Trainer], usage: str) -> None:
+    """Parses the command line and trains or evaluates, in as many processes as it asks for.
+
+    Args:
+        trainer_class: what trains.
+        usage: the text of ``--help`` above the options' list.
+    """
+    args = default_argument_parser(usage).parse_args()
+    launch(
+        _run,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args, trainer_class),
+    )
