@@ -223,7 +223,7 @@ class RefBatchNorm2d(ReferenceNorm2d):
         self.pseudo_count = float(pseudo_count)
 
     def forward(self, x: Tensor) -> Tensor:
-        # An empty batch would turn BatchNorm's running statistics into NaN.
+        # BatchNorm counts an empty batch, which moves a cumulative average.
         if self.pseudo_count == 0 and self._moments is None and x.numel() > 0:
             return nn.BatchNorm2d.forward(self, x)
         return super().forward(x)

@@ -67,9 +67,12 @@ class SwitchableNorm2d(nn.InstanceNorm2d):
                 f"expected (N, {self.num_features}, H, W), got an input of shape {tuple(x.shape)}"
             )
         dtype = statistics_dtype(x)
-        var_in, mean_in = torch.var_mean(x.to(dtype), dim=(2, 3), correction=0)  # (N, C)
-        # LN's and BN's from IN's, as in the paper (eq. 5), but without the difference of squares.
-        mean_ln, var_ln = _pool(mean_in, var_in, dim=1)  # (N, 1)
+        if x.numel() > 0:
+            var_in, mean_in = torch.var_mean(x.to(dtype), dim=(2, 3), correction=0)  # (N, C)
+            # LN's, BN's from IN's, as in the paper (eq. 5), but without the difference of squares.
+            mean_ln, var_ln = _pool(mean_in, var_in, dim=1)  # (N, 1)
+        else:  # zeros, so that every parameter gets a gradient of zeros
+            mean_in = var_in = mean_ln = var_ln = x.to(dtype).sum(dim=(2, 3))
         if self.training and x.numel() > 0:
             mean_bn, var_bn = _pool(mean_in, var_in, dim=0)  # (1, C)
             update_running_stats(self, mean_bn[0].detach(), var_bn[0].detach())
