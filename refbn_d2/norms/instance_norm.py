@@ -34,7 +34,11 @@ class InstanceNorm2d(nn.InstanceNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalizes x, (N, C, H, W); same shape and dtype out."""
-        if x.dim() == 4 and (x.numel() == 0 or x[0, 0].numel() == 1):
+        if x.dim() != 4 or x.shape[1] != self.num_features:
+            raise ValueError(
+                f"expected (N, {self.num_features}, H, W), got an input of shape {tuple(x.shape)}"
+            )
+        if x.numel() == 0 or x.shape[2] * x.shape[3] == 1:
             mean = x.to(statistics_dtype(x)).sum(dim=(2, 3))
             return sample_norm(x, mean, torch.zeros_like(mean), self.weight, self.bias, self.eps)
         return super().forward(x)
