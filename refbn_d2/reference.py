@@ -156,8 +156,8 @@ def _broadcast(layers: Dict[str, ReferenceNorm2d], taken: List) -> List:
     device = next(iter(layers.values())).ref_mean.device
     dist.broadcast_object_list(message, src=0, device=device)
     for name, count in message[0]:
-        mean, var = layers[name].ref_mean, layers[name].ref_var
-        dist.broadcast(mean, src=0)
-        dist.broadcast(var, src=0)
-        layers[name].set_reference(mean, var, count)
+        layer = layers[name]
+        for buffer in (layer.ref_mean, layer.ref_var, layer.ref_size):
+            dist.broadcast(buffer, src=0)
+        layer.set_reference(layer.ref_mean, layer.ref_var, count, int(layer.ref_size))
     return message[0]

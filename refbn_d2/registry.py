@@ -7,7 +7,14 @@ from detectron2.layers import FrozenBatchNorm2d, batch_norm
 from torch import nn
 
 from .errors import UserError
-from .norms import RefBatchNorm2d
+from .norms import (
+    BatchRenorm2d,
+    InstanceNorm2d,
+    RefBatchNorm2d,
+    SwitchableNorm2d,
+    SyncRefBatchNorm2d,
+    VirtualBatchNorm2d,
+)
 from .norms.convert import CONVERTIBLE
 
 __all__ = ["NORMS", "UnknownNormError", "known_norms", "register"]
@@ -15,6 +22,11 @@ __all__ = ["NORMS", "UnknownNormError", "known_norms", "register"]
 # Norm type -> constructor that takes the number of channels.
 NORMS: Dict[str, Callable[[int], nn.Module]] = {
     "RefBN": RefBatchNorm2d,
+    "SyncRefBN": SyncRefBatchNorm2d,
+    "VBN": VirtualBatchNorm2d,
+    "BRN": BatchRenorm2d,
+    "SN": SwitchableNorm2d,
+    "IN": InstanceNorm2d,
 }
 
 # What upstream's get_norm has known in one version or another; it keeps its table to itself.

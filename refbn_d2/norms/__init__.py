@@ -1,14 +1,24 @@
 """The norms, in pure PyTorch: usable with torchvision or timm models, without detectron2."""
 
+from .batch_renorm import BatchRenorm2d
 from .capture import Moments, capture
 from .convert import convert_norm
 from .functional import batch_moments, ref_batch_norm
-from .ref_batch_norm import ReferenceNorm2d, RefBatchNorm2d
+from .instance_norm import InstanceNorm2d
+from .ref_batch_norm import RefBatchNorm2d, ReferenceNorm2d
+from .switchable_norm import SwitchableNorm2d
+from .sync_ref_batch_norm import SyncRefBatchNorm2d
+from .virtual_batch_norm import VirtualBatchNorm2d
 
 __all__ = [
+    "BatchRenorm2d",
+    "InstanceNorm2d",
     "Moments",
     "RefBatchNorm2d",
     "ReferenceNorm2d",
+    "SwitchableNorm2d",
+    "SyncRefBatchNorm2d",
+    "VirtualBatchNorm2d",
     "batch_moments",
     "capture",
     "convert_norm",

@@ -14,7 +14,7 @@ Gather = Callable[[Tensor], Sequence[Tensor]]
 
 
 class Moments:
-    """Count, mean and biased variance per channel of everything added so far, in float64.
+    """Size, mean and biased variance per channel of everything added so far, in float64.
 
     Parts are combined exactly, each weighing as many elements as it has (Chan, Golub and LeVeque
     1979), so how the reference batch was split over calls or processes does not matter.
@@ -23,23 +23,31 @@ class Moments:
         gather: maps a 1-D float64 tensor of this process to those of all processes that share the
             reference batch, in rank order. Every process must then add equally often, empty
             inputs included. None for a single process.
+
+    Attributes:
+        count: elements per channel.
+        samples: sum of the first dimensions of what was added, but for empty inputs.
+        mean, var: (C,), or None while count is 0.
     """
 
     def __init__(self, gather: Optional[Gather] = None):
         self._gather = gather
         self.count = 0
+        self.samples = 0
         self.mean: Optional[Tensor] = None
         self.var: Optional[Tensor] = None
 
     def add(self, x: Tensor) -> None:
         """Adds the elements of x, (N, C, H, W), which may be empty."""
         count, num_channels = x.numel() // x.shape[1], x.shape[1]
-        part = x.new_zeros(1 + 2 * num_channels, dtype=torch.float64)
+        part = x.new_zeros(2 + 2 * num_channels, dtype=torch.float64)
         if count > 0:
-            part[0] = count
-            part[1:] = torch.cat(batch_moments(x.detach()))
+            part[0], part[1] = count, x.shape[0]
+            part[2:] = torch.cat(batch_moments(x.detach()))
         for other in [part] if self._gather is None else self._gather(part):
-            self._merge(int(other[0]), *other[1:].split(num_channels))
+            other_count, samples = other[:2].tolist()
+            self.samples += int(samples)
+            self._merge(int(other_count), *other[2:].split(num_channels))
 
     def _merge(self, count: int, mean: Tensor, var: Tensor) -> None:
         if count == 0:
@@ -61,7 +69,7 @@ def capture(model: nn.Module, gather: Optional[Gather] = None) -> Iterator[List[
     The model runs in training mode without gradients. Each layer normalizes by the reference it is
     taking, so that deeper layers see normalized input (eq. 11-12). Everything else about the model
     is as before when the block ends: training flags, running statistics, other buffers. If the
-    block raises, so are the references.
+    block raises, or a layer saw too little to take a reference from, so are the references.
 
     Args:
         model: a module with layers derived from :class:`~refbn_d2.norms.ReferenceNorm2d`.
@@ -81,8 +89,13 @@ def capture(model: nn.Module, gather: Optional[Gather] = None) -> Iterator[List[
 
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, ReferenceNorm2d)]
     training = {m: m.training for m in model.modules()}
-    # A pass in training mode also moves the statistics of norms that take no reference.
-    buffers = [(b, b.clone()) for b in model.buffers()]
+    # A pass in training mode also moves the statistics of norms that take no reference, in place
+    # or by putting another tensor there.
+    buffers = [
+        (m, name, b, b.clone())
+        for m in model.modules()
+        for name, b in m.named_buffers(recurse=False)
+    ]
     taken: List[Tuple[str, int]] = []
     moments = {layer: Moments(gather) for _, layer in layers}
     for layer, m in moments.items():
@@ -97,10 +110,12 @@ def capture(model: nn.Module, gather: Optional[Gather] = None) -> Iterator[List[
         for m, mode in training.items():
             m.training = mode
         with torch.no_grad():
-            for buffer, value in buffers:
+            for m, name, buffer, value in buffers:
                 buffer.copy_(value)
-    for name, layer in layers:
-        m = moments[layer]
-        if m.count > 0:
-            layer.set_reference(m.mean, m.var, m.count)
-            taken.append((name, m.count))
+                m._buffers[name] = buffer
+    reached = [(name, layer, moments[layer]) for name, layer in layers if moments[layer].count > 0]
+    for _, layer, m in reached:  # all before any is set: an error leaves every reference as it was
+        layer.check_reference(m.count, m.samples)
+    for name, layer, m in reached:
+        layer.set_reference(m.mean, m.var, m.count, m.samples)
+        taken.append((name, m.count))

@@ -4,8 +4,12 @@ from typing import Callable, Dict
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
-from .ref_batch_norm import ReferenceNorm2d, RefBatchNorm2d
+from .batch_renorm import BatchRenorm2d
+from .ref_batch_norm import RefBatchNorm2d, ReferenceNorm2d
+from .sync_ref_batch_norm import SyncRefBatchNorm2d
+from .virtual_batch_norm import VirtualBatchNorm2d
 
 __all__ = ["CONVERTIBLE", "convert_norm"]
 
@@ -14,6 +18,9 @@ __all__ = ["CONVERTIBLE", "convert_norm"]
 CONVERTIBLE: Dict[str, Callable[..., nn.Module]] = {
     "BN": nn.BatchNorm2d,
     "RefBN": RefBatchNorm2d,
+    "SyncRefBN": SyncRefBatchNorm2d,
+    "VBN": VirtualBatchNorm2d,
+    "BRN": BatchRenorm2d,
 }
 
 _STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -28,18 +35,21 @@ def convert_norm(module: nn.Module, norm: str) -> nn.Module:
     """Replaces every BatchNorm-like layer below ``module`` by the norm called ``norm``.
 
     Affine parameters, running statistics and, where both have one, the reference are carried over:
-    evaluation gives the same outputs, exactly. A layer used in two places stays one layer. GN, LN
-    and other norms without running statistics are left alone.
+    evaluation gives the same outputs, exactly; only that of VBN, which differs between samples, is
+    no other norm's. A layer used in two places stays one layer. GN, LN and other norms that are not
+    BatchNorm in evaluation are left alone.
 
     Args:
         module: changed in place, unless it is itself a norm.
-        norm: a key of ``CONVERTIBLE``: "BN", "RefBN", and "FrozenBN" with detectron2.
+        norm: a key of ``CONVERTIBLE``: "BN", "RefBN", "SyncRefBN", "VBN", "BRN", and "FrozenBN"
+            with detectron2.
 
     Returns:
         ``module``, or its replacement.
 
     Raises:
-        ValueError: an unknown name; the message lists the known ones.
+        ValueError: an unknown name (the message lists the known ones), or a layer holds no running
+            statistics and the other norm cannot be without.
     """
     if norm not in CONVERTIBLE:
         known = ", ".join(CONVERTIBLE)
@@ -55,8 +65,9 @@ def _convert(module: nn.Module, build: Callable[..., nn.Module], done: Dict) -> 
     if _is_convertible(module):
         result = _replacement(module, build)
     else:
-        for name, child in module.named_children():
-            new_child = _convert(child, build, done)
+        # Not named_children(), which leaves out the second name of a child that has two.
+        for name, child in module._modules.items():
+            new_child = None if child is None else _convert(child, build, done)
             if new_child is not child:
                 setattr(module, name, new_child)
     done[module] = result
@@ -68,14 +79,18 @@ def _replacement(old: nn.Module, build: Callable[..., nn.Module]) -> nn.Module:
     if type(old) is build:
         return old
     kwargs = {}
-    if isinstance(old, nn.modules.batchnorm._NormBase) and issubclass(
-        build, nn.modules.batchnorm._NormBase
-    ):
+    if isinstance(old, _NormBase) and issubclass(build, _NormBase):
         kwargs = {
             "momentum": old.momentum,
             "affine": old.affine,
             "track_running_stats": old.track_running_stats,
         }
+    elif old.running_mean is None:
+        raise ValueError(
+            f"cannot convert {old!r} to {build.__name__}: it has no running statistics"
+        )
+    if isinstance(old, RefBatchNorm2d) and issubclass(build, RefBatchNorm2d):
+        kwargs["pseudo_count"] = old.pseudo_count
     new = build(old.num_features, eps=old.eps, **kwargs)
     floats = [t for t in old.state_dict().values() if t.is_floating_point()]
     if floats:
@@ -90,5 +105,5 @@ def _replacement(old: nn.Module, build: Callable[..., nn.Module]) -> nn.Module:
         else:
             setattr(new, name, source.detach().clone())
     if isinstance(old, ReferenceNorm2d) and isinstance(new, ReferenceNorm2d) and old.has_reference:
-        new.set_reference(old.ref_mean, old.ref_var)
+        new.set_reference(old.ref_mean, old.ref_var, size=int(old.ref_size))
     return new.train(old.training)

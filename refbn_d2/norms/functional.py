@@ -1,13 +1,42 @@
-"""The arithmetic of reference-batch normalization: forward, gradient, and nothing else."""
+"""The arithmetic of the norms: forward, gradient, and nothing else."""
 
-from typing import Optional, Tuple
+from typing import Callable, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["batch_moments", "ref_batch_norm"]
+__all__ = [
+    "BatchStatistics",
+    "batch_moments",
+    "batch_statistics",
+    "mixed_norm",
+    "ref_batch_norm",
+    "sample_norm",
+]
+
+
+class BatchStatistics(NamedTuple):
+    """What a batch, on one process or many, is normalized by.
+
+    Attributes:
+        samples: m of the paper, the size of the first dimension.
+        count: elements per channel, N H W.
+        mean: (C,).
+        var: (C,), biased.
+    """
+
+    samples: int
+    count: int
+    mean: Tensor
+    var: Tensor
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64 input, float32 for every other dtype."""
+    # Sums over 10^6 bfloat16 values lose all their digits; statistics are never narrower than fp32.
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _per_channel(v: Tensor) -> Tensor:
@@ -23,62 +52,58 @@ def batch_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     Returns:
         Two (C,) tensors, float64 for float64 input and float32 for every other dtype.
     """
-    # Sums over 10^6 bfloat16 values lose all their digits; statistics are never narrower than fp32.
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+    var, mean = torch.var_mean(x.to(statistics_dtype(x)), dim=(0, 2, 3), correction=0)
     return mean, var
 
 
-class _RefBatchNorm(torch.autograd.Function):
+def batch_statistics(x: Tensor) -> BatchStatistics:
+    """The statistics of x, (N, C, H, W), not empty; without gradient."""
+    return BatchStatistics(x.shape[0], x.numel() // x.shape[1], *batch_moments(x.detach()))
+
+
+class _MixedNorm(torch.autograd.Function):
     """y = weight (x - mu) s + bias with mu, s from mixed statistics; keeps x and (C,) vectors.
 
     With s = (var + eps)^-1/2, a = weight s and n = N H W, differentiating eq. 15-16 gives
 
         dx = a [ g - l2 mean(g) - l2 s^2 (x - mu_B) mean(g (x - mu)) ]
 
-    where l2 = N / (N + pseudo_count). The reference is a constant: no gradient reaches it. l2 = 1
-    is BatchNorm, l2 = 0 a frozen affine map.
+    where l2 = N / (N + pseudo_count) and ``share`` = l2 / n. The reference is a constant: no
+    gradient reaches it. l2 = 1 is BatchNorm, l2 = 0 a frozen affine map. The two means are over
+    the whole batch: where other processes hold parts of it, ``all_reduce`` adds up their sums.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, ref_mean, ref_var, pseudo_count, eps):
-        num_samples, num_channels = x.shape[:2]
-        num_values = x.numel() // num_channels
-        batch_mean, batch_var = batch_moments(x)
-        ref_mean, ref_var = ref_mean.to(batch_mean.dtype), ref_var.to(batch_mean.dtype)
-        lambda1 = pseudo_count / (num_samples + pseudo_count)  # eq. 13
-        lambda2 = 1.0 - lambda1  # eq. 14
-        mean = lambda2 * batch_mean + lambda1 * ref_mean  # eq. 15
-        var = lambda2 * batch_var + lambda1 * ref_var  # eq. 16
-        # Only the batch's share is a sample variance, so only it takes Bessel's correction; with
-        # a single value it is zero whatever the factor.
-        bessel = num_values / max(num_values - 1, 1)
-        var_unbiased = lambda2 * bessel * batch_var + lambda1 * ref_var
+    def forward(ctx, x, weight, bias, batch_mean, mean, var, share, eps, all_reduce):
+        ctx.save_for_backward(x, weight, batch_mean, mean, var)
+        ctx.share, ctx.eps, ctx.all_reduce = share, eps, all_reduce
         # Kernels want the per-channel vectors in one dtype, x may be narrower.
         affine = [None if p is None else p.to(mean.dtype) for p in (weight, bias)]
-        y = F.batch_norm(x, mean, var, *affine, training=False, eps=eps)
-
-        ctx.save_for_backward(x, weight, batch_mean, mean, var)
-        ctx.lambda2, ctx.num_values, ctx.eps = lambda2, num_values, eps
-        ctx.mark_non_differentiable(mean, var_unbiased)
-        return y, mean, var_unbiased
+        return F.batch_norm(x, mean, var, *affine, training=False, eps=eps)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g, _grad_mean, _grad_var):
+    def backward(ctx, g):
         x, weight, batch_mean, mean, var = ctx.saved_tensors
         invstd = torch.rsqrt(var + ctx.eps)
         # Dtype of the per-channel vectors: never narrower than float32.
         xf, gf = x.to(mean.dtype), g.to(mean.dtype)
         sum_g = gf.sum(dim=(0, 2, 3))
-        # sum of g (x - mu) s: the gradient of weight, and all that dx needs besides sum_g.
-        sum_g_xhat = torch.einsum("nchw,nchw->c", gf, xf - _per_channel(mean)) * invstd
+        # sum of g (x - mu) s: the gradient of weight, and all that dx needs besides sum_g. (Not a
+        # matrix product: autocast would run that in the lower precision.)
+        sum_g_xhat = (gf * (xf - _per_channel(mean))).sum(dim=(0, 2, 3)) * invstd
+        total_g, total_g_xhat = sum_g, sum_g_xhat
+        if ctx.all_reduce is not None:
+            # Whatever this process needs, the others wait for its part.
+            totals = torch.stack([sum_g, sum_g_xhat])
+            ctx.all_reduce(totals)
+            total_g, total_g_xhat = totals
 
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
-            slope = scale * invstd * sum_g_xhat * (ctx.lambda2 / ctx.num_values)
-            offset = scale * sum_g * (ctx.lambda2 / ctx.num_values)
+            slope = scale * invstd * total_g_xhat * ctx.share
+            offset = scale * total_g * ctx.share
             grad_x = gf * _per_channel(scale)
             grad_x -= _per_channel(offset)
             grad_x -= (xf - _per_channel(batch_mean)) * _per_channel(slope)
@@ -87,7 +112,45 @@ class _RefBatchNorm(torch.autograd.Function):
             grad_weight = sum_g_xhat.to(weight.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = sum_g.to(g.dtype if weight is None else weight.dtype)
-        return grad_x, grad_weight, grad_bias, None, None, None, None
+        return (grad_x, grad_weight, grad_bias) + (None,) * 6
+
+
+def mixed_norm(
+    x: Tensor,
+    batch: BatchStatistics,
+    ref_mean: Tensor,
+    ref_var: Tensor,
+    weight: Optional[Tensor] = None,
+    bias: Optional[Tensor] = None,
+    pseudo_count: float = 1.0,
+    eps: float = 1e-5,
+    all_reduce: Optional[Callable[[Tensor], object]] = None,
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """:func:`ref_batch_norm` of a batch of which x may be only this process's part.
+
+    Args:
+        x: (N, C, H, W); empty if the whole batch is not.
+        batch: statistics of the whole batch, the same on every process, not empty.
+        all_reduce: adds up a tensor over the processes in place; each calls it once a backward
+            pass. None if x is the whole batch.
+        ref_mean, ref_var, weight, bias, pseudo_count, eps: see :func:`ref_batch_norm`.
+
+    Returns:
+        As :func:`ref_batch_norm`.
+    """
+    with torch.no_grad():
+        ref_mean, ref_var = ref_mean.to(batch.mean.dtype), ref_var.to(batch.var.dtype)
+        lambda1 = pseudo_count / (batch.samples + pseudo_count)  # eq. 13
+        lambda2 = 1.0 - lambda1  # eq. 14
+        mean = lambda2 * batch.mean + lambda1 * ref_mean  # eq. 15
+        var = lambda2 * batch.var + lambda1 * ref_var  # eq. 16
+        # Only the batch's share is a sample variance, so only it takes Bessel's correction; with
+        # a single value it is zero whatever the factor.
+        bessel = batch.count / max(batch.count - 1, 1)
+        var_unbiased = lambda2 * bessel * batch.var + lambda1 * ref_var
+    share = lambda2 / batch.count
+    y = _MixedNorm.apply(x, weight, bias, batch.mean, mean, var, share, eps, all_reduce)
+    return y, mean, var_unbiased
 
 
 def ref_batch_norm(
@@ -119,4 +182,35 @@ def ref_batch_norm(
         eq. 16 with the batch's share Bessel-corrected by n / (n - 1), n = N H W (Algorithm 3,
         line 9).
     """
-    return _RefBatchNorm.apply(x, weight, bias, ref_mean, ref_var, float(pseudo_count), eps)
+    batch = batch_statistics(x)
+    return mixed_norm(x, batch, ref_mean, ref_var, weight, bias, float(pseudo_count), eps)
+
+
+def sample_norm(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Optional[Tensor] = None,
+    bias: Optional[Tensor] = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """weight (x - mean) / sqrt(var + eps) + bias with statistics that differ between samples.
+
+    Args:
+        x: (N, C, H, W), may be empty, any floating dtype.
+        mean: (N, C), in the dtype to calculate in; differentiable.
+        var: (N, C), likewise.
+        weight: (C,), or None for 1.
+        bias: (C,), or None for 0.
+        eps: added to the variance.
+
+    Returns:
+        As x in shape, dtype and memory format.
+    """
+    scale = torch.rsqrt(var + eps)
+    if weight is not None:
+        scale = scale * weight.to(scale.dtype)
+    y = (x.to(mean.dtype) - mean[:, :, None, None]) * scale[:, :, None, None]
+    if bias is not None:
+        y = y + _per_channel(bias.to(y.dtype))
+    return y.to(x.dtype)

@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .capture import Moments
-from .functional import batch_moments, ref_batch_norm
+from .functional import BatchStatistics, batch_statistics, ref_batch_norm
+from .running import update_running_stats
 
 __all__ = ["RefBatchNorm2d", "ReferenceNorm2d"]
 
 logger = logging.getLogger(__name__)
 
-_REFERENCE_KEYS = ("ref_mean", "ref_var", "ref_captured")
+_REFERENCE_KEYS = ("ref_mean", "ref_var", "ref_size", "ref_captured")
 
 
 class ReferenceNorm2d(nn.BatchNorm2d):
@@ -32,7 +33,8 @@ class ReferenceNorm2d(nn.BatchNorm2d):
     Buffers:
         ref_mean: (num_features,), mean of the reference batch (eq. 11).
         ref_var: (num_features,), its biased variance (eq. 12).
-        ref_captured: bool scalar, whether the two above have been taken.
+        ref_size: int scalar, number of samples they come from; 0 where nobody said.
+        ref_captured: bool scalar, whether the above have been taken.
     """
 
     _fallback_logged = False
@@ -52,6 +54,7 @@ class ReferenceNorm2d(nn.BatchNorm2d):
         factory = {"device": device, "dtype": dtype}
         self.register_buffer("ref_mean", torch.zeros(num_features, **factory))
         self.register_buffer("ref_var", torch.ones(num_features, **factory))
+        self.register_buffer("ref_size", torch.tensor(0, device=device))
         self.register_buffer("ref_captured", torch.tensor(False, device=device))
         # A copy of ref_captured on the host: reading the buffer would wait for the GPU each step.
         self._has_reference = False
@@ -64,26 +67,34 @@ class ReferenceNorm2d(nn.BatchNorm2d):
         return self._has_reference
 
     @torch.no_grad()
-    def set_reference(self, mean: Tensor, var: Tensor, count: Optional[int] = None) -> None:
+    def set_reference(
+        self, mean: Tensor, var: Tensor, count: Optional[int] = None, size: int = 0
+    ) -> None:
         """Fixes the reference.
 
         Args:
             mean: (num_features,), eq. 11.
             var: (num_features,), biased, eq. 12.
             count: elements per channel that they come from, if known.
+            size: samples (images, RoIs) that they come from; 0 if unknown.
 
         Raises:
-            ValueError: one element has no variance to be a reference with.
+            ValueError: see :meth:`check_reference`.
         """
+        self.check_reference(count, size)
+        self.ref_mean.copy_(mean)
+        self.ref_var.copy_(var)
+        self.ref_size.fill_(size)
+        self.ref_captured.fill_(True)
+        self._has_reference = True
+
+    def check_reference(self, count: Optional[int], size: int) -> None:
+        """Raises a ValueError if so few values cannot be a reference."""
         if count == 1:
             raise ValueError(
                 f"{self!r}: a reference needs more than 1 value per channel, got 1; "
                 "use a larger reference batch"
             )
-        self.ref_mean.copy_(mean)
-        self.ref_var.copy_(var)
-        self.ref_captured.fill_(True)
-        self._has_reference = True
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -94,27 +105,38 @@ class ReferenceNorm2d(nn.BatchNorm2d):
         """Forgets the reference, as if none had been captured."""
         self.ref_mean.zero_()
         self.ref_var.fill_(1)
+        self.ref_size.zero_()
         self.ref_captured.fill_(False)
         self._has_reference = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalizes x, (N, C, H, W); same shape, dtype and memory format out."""
-        self._check_input_dim(x)
+        self._check_input(x)
         if self._moments is not None:
             return self._capture(x)
-        if not self.training and self.running_mean is not None:
+        if self._by_running_stats():
             return super().forward(x)
         if x.numel() == 0:
             return self._affine(x)
         if not self._has_reference:
-            self._reference_from(x)
+            self._take_reference(batch_statistics(x))
         return self._normalize(x)
+
+    def _check_input(self, x: Tensor) -> None:
+        self._check_input_dim(x)
+        if x.shape[1] != self.num_features:
+            raise ValueError(
+                f"expected {self.num_features} channels, got an input of shape {tuple(x.shape)}"
+            )
+
+    def _by_running_stats(self) -> bool:
+        return not self.training and self.running_mean is not None
 
     def _normalize(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
     def _affine(self, x: Tensor, mean: Optional[Tensor] = None, var: Optional[Tensor] = None):
-        """gamma (x - mean) / sqrt(var + eps) + beta; also for empty x, where gradients are zeros."""
+        """gamma (x - mean) / sqrt(var + eps) + beta; also of empty x, where gradients are zeros."""
         mean = self.ref_mean if mean is None else mean.to(self.ref_mean.dtype)
         var = self.ref_var if var is None else var.to(self.ref_var.dtype)
         return F.batch_norm(x, mean, var, self.weight, self.bias, training=False, eps=self.eps)
@@ -123,12 +145,17 @@ class ReferenceNorm2d(nn.BatchNorm2d):
         self._moments.add(x)
         return self._affine(x, self._moments.mean, self._moments.var)
 
-    def _reference_from(self, x: Tensor) -> None:
+    def _take_reference(self, batch: BatchStatistics) -> None:
         """The first batch becomes the reference where nobody captured one."""
-        if x.numel() == x.shape[1]:
+        if not self.training:
             raise ValueError(
-                f"{self!r}: no reference is captured and {tuple(x.shape)} has only 1 value per "
-                "channel to take one from; capture a reference batch before training"
+                f"{self!r}: no reference is captured, and evaluation needs one where no running "
+                "statistics are tracked"
+            )
+        if batch.count == 1:
+            raise ValueError(
+                f"{self!r}: no reference is captured and this batch has only 1 value per channel "
+                "to take one from; capture a reference batch before training"
             )
         if not ReferenceNorm2d._fallback_logged:
             ReferenceNorm2d._fallback_logged = True
@@ -136,20 +163,7 @@ class ReferenceNorm2d(nn.BatchNorm2d):
                 "No reference was captured before training: each layer takes the first batch it "
                 "sees as its reference. refbn_d2.capture_reference(model, batch) chooses it."
             )
-        self.set_reference(*batch_moments(x.detach()))
-
-    @torch.no_grad()
-    def _update_running_stats(self, mean: Tensor, var: Tensor) -> None:
-        """Moves the running statistics towards (C,) ``mean``, ``var``, as BatchNorm does."""
-        if not self.training or self.running_mean is None:
-            return
-        self.num_batches_tracked.add_(1)
-        if self.momentum is None:  # cumulative average
-            factor = 1.0 / float(self.num_batches_tracked)
-        else:
-            factor = self.momentum
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
-        self.running_var.lerp_(var.to(self.running_var.dtype), factor)
+        self.set_reference(batch.mean, batch.var, batch.count, batch.samples)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         keys = [prefix + k for k in _REFERENCE_KEYS]
@@ -209,7 +223,8 @@ class RefBatchNorm2d(ReferenceNorm2d):
         self.pseudo_count = float(pseudo_count)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.pseudo_count == 0 and self._moments is None:
+        # BatchNorm counts an empty batch, which moves a cumulative average.
+        if self.pseudo_count == 0 and self._moments is None and x.numel() > 0:
             return nn.BatchNorm2d.forward(self, x)
         return super().forward(x)
 
@@ -217,7 +232,7 @@ class RefBatchNorm2d(ReferenceNorm2d):
         y, mean, var = ref_batch_norm(
             x, self.ref_mean, self.ref_var, self.weight, self.bias, self.pseudo_count, self.eps
         )
-        self._update_running_stats(mean, var)
+        update_running_stats(self, mean, var)
         return y
 
     def extra_repr(self) -> str:

@@ -1,0 +1,111 @@
+"""BatchRenorm2d: BatchNorm corrected towards its moving averages."""
+
+from typing import Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .functional import batch_moments
+from .running import count_batch
+
+__all__ = ["BatchRenorm2d"]
+
+_R_MAX, _D_MAX = 3.0, 5.0
+# The paper's schedule (section 4.2): plain BatchNorm for 5k steps, then d_max grows until step 25k
+# and r_max until step 40k. Here as fractions of the last of these.
+_START, _D_END, _R_END = 5 / 40, 25 / 40, 1.0
+
+
+class BatchRenorm2d(nn.BatchNorm2d):
+    """Batch Renormalization, BRN (Ioffe 2017, arXiv 1702.03275, Algorithm 1).
+
+    In training, with sigma_B = sqrt(var_B + eps), var_B biased, and moving averages mu, sigma::
+
+        r = clip(sigma_B / sigma, 1 / r_max, r_max)       without gradient
+        d = clip((mean_B - mu) / sigma, -d_max, d_max)    without gradient
+        y = weight ((x - mean_B) / sigma_B r + d) + bias
+        mu    <- mu + momentum (mean_B - mu)
+        sigma <- sigma + momentum (sigma_B - sigma)
+
+    and in evaluation y = weight (x - mu) / sigma + bias. r_max, d_max are 1 and 0 (BatchNorm) for
+    the first eighth of ``schedule_steps`` training steps; then r_max grows linearly to 3 at the
+    last of them, and d_max to 5 at five eighths, as in the paper, whose ``schedule_steps`` is
+    40,000. The position in the schedule is ``num_batches_tracked`` and so part of the state dict.
+
+    **sigma and running_var.** The paper averages sigma_B, not its square, so that E[r] = 1: that is
+    done here, too. But what is stored is ``running_var`` = sigma^2 - eps, so that the state dict is
+    BatchNorm's, a BatchNorm checkpoint's statistics mean the same here, and evaluation is
+    ``F.batch_norm``, without special cases in freezing, fusing and exporting. Unlike BatchNorm's,
+    this ``running_var`` has no Bessel correction; the paper has none.
+
+    An empty batch gives an empty output that carries a gradient, and updates nothing.
+
+    Args:
+        num_features: C.
+        eps: added to the variance.
+        momentum: of the moving averages, the paper's is 0.01; None for cumulative averages.
+        schedule_steps: length of the schedule in training steps.
+        affine, track_running_stats, device, dtype: as in nn.BatchNorm2d.
+
+    Raises:
+        ValueError: ``schedule_steps`` < 1, or ``track_running_stats`` is False: the moving averages
+            are what training corrects to. In training also one value per channel, as BatchNorm.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: Optional[float] = 0.01,
+        schedule_steps: int = 40_000,
+        **kwargs,
+    ):
+        if schedule_steps < 1:
+            raise ValueError(f"schedule_steps must be >= 1, got {schedule_steps}")
+        if not kwargs.get("track_running_stats", True):
+            raise ValueError("Batch Renormalization needs running statistics, in training too")
+        super().__init__(num_features, eps, momentum, **kwargs)
+        self.schedule_steps = schedule_steps
+
+    def limits(self) -> Tuple[Tensor, Tensor]:
+        """(r_max, d_max) of the next training step, float64 scalars."""
+        # Stays on the device: reading the step would wait for the GPU.
+        time = self.num_batches_tracked.double() / self.schedule_steps - _START
+        r_max = 1 + (_R_MAX - 1) * (time / (_R_END - _START)).clamp(0, 1)
+        d_max = _D_MAX * (time / (_D_END - _START)).clamp(0, 1)
+        return r_max, d_max
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalizes x, (N, C, H, W); same shape, dtype and memory format out."""
+        if not self.training:
+            return super().forward(x)
+        self._check_input_dim(x)
+        if x.numel() == 0:
+            stats = self.running_mean, self.running_var
+            return F.batch_norm(x, *stats, self.weight, self.bias, training=False, eps=self.eps)
+
+        with torch.no_grad():
+            mean, var = batch_moments(x)
+            sigma_batch = torch.sqrt(var + self.eps)
+            sigma = torch.sqrt(self.running_var.to(var.dtype) + self.eps)
+            r_max, d_max = (limit.to(var.dtype) for limit in self.limits())
+            r = torch.clamp(sigma_batch / sigma, 1 / r_max, r_max)
+            d = torch.clamp((mean - self.running_mean.to(mean.dtype)) / sigma, -d_max, d_max)
+        # weight (x_hat r + d) + bias is BatchNorm with these, and has its gradient and its kernel.
+        weight, bias = r, d
+        if self.affine:
+            weight = self.weight.to(r.dtype) * r
+            bias = self.weight.to(d.dtype) * d + self.bias.to(d.dtype)
+        y = F.batch_norm(x, None, None, weight, bias, training=True, eps=self.eps)
+
+        with torch.no_grad():
+            factor = count_batch(self)
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
+            # Rounding may put the square a little below eps.
+            running_var = torch.lerp(sigma, sigma_batch, factor).square() - self.eps
+            self.running_var.copy_(running_var.clamp_(min=0))
+        return y
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, schedule_steps={self.schedule_steps}"

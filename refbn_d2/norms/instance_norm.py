@@ -1,0 +1,44 @@
+"""InstanceNorm2d: each sample's channel by its own statistics, with BatchNorm's parameters."""
+
+import torch
+from torch import Tensor, nn
+
+from .functional import sample_norm, statistics_dtype
+
+__all__ = ["InstanceNorm2d"]
+
+
+class InstanceNorm2d(nn.InstanceNorm2d):
+    """Instance normalization, IN (Ulyanov, Vedaldi and Lempitsky 2016, arXiv 1607.08022, eq. 3).
+
+    With mean_nc and var_nc (biased) over H and W::
+
+        y = weight (x - mean_nc) / sqrt(var_nc + eps) + bias
+
+    ``nn.InstanceNorm2d`` with affine parameters, which are called ``weight`` and ``bias`` as
+    BatchNorm's, without running statistics: training and evaluation are the same. An empty batch
+    gives an empty output that carries a gradient.
+
+    Where H W = 1, which torch refuses, the equation stands: a single value is its own mean, so the
+    output is ``bias`` and no gradient reaches x. A network that normalizes such maps by IN learns
+    nothing through them, but a feature map that is that small for one image is no reason to stop.
+
+    Args:
+        num_features: C.
+        eps: added to the variance.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(self, num_features: int, eps: float = 1e-5, device=None, dtype=None):
+        super().__init__(num_features, eps, affine=True, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalizes x, (N, C, H, W); same shape and dtype out."""
+        if x.dim() != 4 or x.shape[1] != self.num_features:
+            raise ValueError(
+                f"expected (N, {self.num_features}, H, W), got an input of shape {tuple(x.shape)}"
+            )
+        if x.numel() == 0 or x.shape[2] * x.shape[3] == 1:
+            mean = x.to(statistics_dtype(x)).sum(dim=(2, 3))
+            return sample_norm(x, mean, torch.zeros_like(mean), self.weight, self.bias, self.eps)
+        return super().forward(x)

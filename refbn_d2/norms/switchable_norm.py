@@ -1,0 +1,92 @@
+"""SwitchableNorm2d: a learned mixture of instance, layer and batch statistics."""
+
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+
+from .functional import sample_norm, statistics_dtype
+from .running import update_running_stats
+
+__all__ = ["SwitchableNorm2d"]
+
+
+class SwitchableNorm2d(nn.InstanceNorm2d):
+    """Switchable Normalization, SN (Luo et al. 2018, arXiv 1806.10779, eq. 3-6).
+
+    With mean and biased variance of IN (over H, W), LN (over C, H, W) and BN (over N, H, W)::
+
+        mean = sum_k softmax(mean_weight)_k mean_k        k in IN, LN, BN
+        var  = sum_k softmax(var_weight)_k var_k
+        y    = weight (x - mean) / sqrt(var + eps) + bias
+
+    In evaluation the statistics of BN are ``running_mean`` and ``running_var``, moving averages of
+    the training batches' (the paper offers these or the averages over a few batches), without
+    Bessel's correction, as the paper. IN and LN are of the input at hand, so evaluation is no
+    affine map, and that is why this is *not* an ``nn.BatchNorm2d``: whatever freezes or fuses
+    BatchNorm must not find it. As an ``nn.InstanceNorm2d`` it is still found where norms are told
+    from other layers, as for detectron2's weight decay. The names in the state dict are
+    BatchNorm's, and ``mean_weight`` and ``var_weight``, 3 each, in the order IN, LN, BN.
+
+    Statistics are kept in float32 (float64 for float64 input) and the output has x's dtype. An
+    empty batch gives an empty output that carries a gradient, and updates nothing. One value per
+    channel is legal: of the three, LN still has a variance.
+
+    Args:
+        num_features: C.
+        eps: added to the variance.
+        momentum: of the running statistics; None for a cumulative average.
+        device, dtype: of parameters and running statistics.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: Optional[float] = 0.1,
+        device=None,
+        dtype=None,
+    ):
+        factory = {"device": device, "dtype": dtype}
+        super().__init__(
+            num_features, eps, momentum, affine=True, track_running_stats=True, **factory
+        )
+        self.mean_weight = nn.Parameter(torch.ones(3, **factory))
+        self.var_weight = nn.Parameter(torch.ones(3, **factory))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if hasattr(self, "mean_weight"):  # the base class calls this before they exist
+            nn.init.ones_(self.mean_weight)
+            nn.init.ones_(self.var_weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalizes x, (N, C, H, W); same shape and dtype out."""
+        if x.dim() != 4 or x.shape[1] != self.num_features:
+            raise ValueError(
+                f"expected (N, {self.num_features}, H, W), got an input of shape {tuple(x.shape)}"
+            )
+        dtype = statistics_dtype(x)
+        if x.numel() > 0:
+            var_in, mean_in = torch.var_mean(x.to(dtype), dim=(2, 3), correction=0)  # (N, C)
+            # LN's, BN's from IN's, as in the paper (eq. 5), but without the difference of squares.
+            mean_ln, var_ln = _pool(mean_in, var_in, dim=1)  # (N, 1)
+        else:  # zeros, so that every parameter gets a gradient of zeros
+            mean_in = var_in = mean_ln = var_ln = x.to(dtype).sum(dim=(2, 3))
+        if self.training and x.numel() > 0:
+            mean_bn, var_bn = _pool(mean_in, var_in, dim=0)  # (1, C)
+            update_running_stats(self, mean_bn[0].detach(), var_bn[0].detach())
+        else:
+            mean_bn, var_bn = self.running_mean.to(dtype)[None], self.running_var.to(dtype)[None]
+
+        a, b, c = self.mean_weight.to(dtype).softmax(0)
+        mean = a * mean_in + b * mean_ln + c * mean_bn
+        a, b, c = self.var_weight.to(dtype).softmax(0)
+        var = a * var_in + b * var_ln + c * var_bn
+        return sample_norm(x, mean, var, self.weight, self.bias, self.eps)
+
+
+def _pool(mean: Tensor, var: Tensor, dim: int):
+    """Mean and variance of equally large groups together: the variances within and between."""
+    between, pooled_mean = torch.var_mean(mean, dim=dim, correction=0, keepdim=True)
+    return pooled_mean, var.mean(dim=dim, keepdim=True) + between

@@ -1,0 +1,183 @@
+"""RefBN's forward, gradient and statistics against the paper's equations in float64 autograd."""
+
+import oracle
+import pytest
+import torch
+
+from refbn_d2.norms.functional import (
+    batch_moments,
+    batch_statistics,
+    mixed_norm,
+    ref_batch_norm,
+    sample_norm,
+)
+
+SHAPES = [(4, 3, 5, 7), (1, 3, 4, 4), (2, 1, 3, 3), (5, 3, 1, 1), (1, 3, 1, 1), (2, 6, 1, 9)]
+
+
+def _inputs(shape, dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+    c = shape[1]
+    x = (torch.randn(shape, dtype=torch.float64) * 2 + 3).to(dtype)
+    weight, bias = torch.randn(c).double().to(dtype), torch.randn(c).double().to(dtype)
+    ref_mean, ref_var = torch.randn(c).double().to(dtype), torch.rand(c).double().to(dtype) + 0.5
+    return x, weight, bias, ref_mean, ref_var
+
+
+def _compare(shape, dtype, k, tol, channels_last=False):
+    x, weight, bias, ref_mean, ref_var = _inputs(shape, dtype)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    y, mean, var = ref_batch_norm(x, ref_mean, ref_var, weight, bias, k)
+    wanted = oracle.ref_bn(exact[0], ref_mean.double(), ref_var.double(), *exact[1:], k)
+    for a, b in zip((y, mean, var), wanted):
+        assert oracle.relative_error(a, b) < tol
+    g = torch.randn(shape, dtype=torch.float64).to(dtype)
+    grads = oracle.gradients(y, g, *leaves)
+    for a, b in zip(grads, oracle.gradients(wanted[0], g.double(), *exact)):
+        # One value per channel without a reference: the gradient is zero up to cancellation.
+        assert oracle.relative_error(a, b) < tol or float(b.abs().max()) < 1e-12
+    return y
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("k", [0.0, 0.5, 1.0, 4.0])
+def test_equals_the_equations_in_float64(shape, k):
+    _compare(shape, torch.float64, k, 1e-10)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("shape", SHAPES[:4])
+def test_equals_the_equations_in_float32(shape, channels_last):
+    y = _compare(shape, torch.float32, 1.0, 1e-5, channels_last)
+    if channels_last:
+        assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype, tol", [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+def test_narrow_input_loses_no_more_than_its_own_rounding(dtype, tol):
+    x, weight, bias, ref_mean, ref_var = _inputs((4, 3, 16, 16), torch.float32)
+    x = x.to(dtype).requires_grad_()
+    y, mean, var = ref_batch_norm(x, ref_mean, ref_var, weight, bias)
+    exact = x.detach().double().requires_grad_()
+    affine = [t.double() for t in (ref_mean, ref_var, weight, bias)]
+    wanted = oracle.ref_bn(exact, *affine)
+    assert y.dtype == dtype and mean.dtype == var.dtype == torch.float32
+    assert oracle.relative_error(mean, wanted[1]) < 1e-5
+    assert oracle.relative_error(var, wanted[2]) < 1e-5
+    assert oracle.relative_error(y, wanted[0]) < tol
+    g = torch.randn(x.shape).to(dtype)
+    (grad,) = oracle.gradients(y, g, x)
+    assert grad.dtype == dtype
+    assert oracle.relative_error(grad, oracle.gradients(wanted[0], g.double(), exact)[0]) < tol
+
+
+def test_statistics_of_many_bfloat16_values_keep_their_digits():
+    x = (torch.randn(4, 2, 128, 128) + 10).bfloat16()
+    mean, var = batch_moments(x)
+    wanted = oracle.moments(x.double(), 0, 2, 3)
+    assert oracle.relative_error(mean, wanted[0].flatten()) < 1e-6
+    assert oracle.relative_error(var, wanted[1].flatten()) < 1e-4
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_gradcheck(affine):
+    x, weight, bias, ref_mean, ref_var = _inputs((3, 2, 2, 3))
+    leaves = (x, weight, bias) if affine else (x,)
+
+    def forward(x, *affine):
+        return ref_batch_norm(x, ref_mean, ref_var, *affine)[0]
+
+    assert torch.autograd.gradcheck(forward, [t.requires_grad_() for t in leaves])
+
+
+def test_no_gradient_reaches_reference_or_statistics():
+    x, weight, bias, ref_mean, ref_var = _inputs((3, 2, 2, 3))
+    ref_mean.requires_grad_()
+    y, mean, var = ref_batch_norm(x.requires_grad_(), ref_mean, ref_var, weight, bias)
+    assert not mean.requires_grad and not var.requires_grad
+    y.sum().backward()
+    assert ref_mean.grad is None
+
+
+def test_second_derivative_is_a_clear_error():
+    x, weight, bias, ref_mean, ref_var = _inputs((3, 2, 2, 3))
+    y = ref_batch_norm(x.requires_grad_(), ref_mean, ref_var, weight, bias)[0]
+    (grad,) = torch.autograd.grad((y**2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_non_contiguous_input_and_expanded_gradient():
+    x, weight, bias, ref_mean, ref_var = _inputs((3, 2, 4, 6))
+    view = x.transpose(2, 3)[:, :, ::2].requires_grad_()
+    assert not view.is_contiguous()
+    exact = view.detach().clone().requires_grad_()
+    y = ref_batch_norm(view, ref_mean, ref_var, weight, bias)[0]
+    wanted = oracle.ref_bn(exact, ref_mean, ref_var, weight, bias)[0]
+    ones = torch.ones((), dtype=y.dtype).expand_as(y)
+    (grad,) = torch.autograd.grad(y, view, ones)
+    assert oracle.relative_error(y, wanted) < 1e-10
+    # The gradient is small against its parts here: it would be zero in BatchNorm.
+    assert (grad - oracle.gradients(wanted, ones, exact)[0]).abs().max() < 1e-12
+
+
+def test_one_nan_spoils_its_channel_only():
+    x, weight, bias, ref_mean, ref_var = _inputs((3, 2, 4, 6))
+    x[0, 0, 1, 1] = float("nan")
+    y, mean, _ = ref_batch_norm(x, ref_mean, ref_var, weight, bias)
+    assert y[:, 0].isnan().all() and mean[0].isnan()
+    assert y[:, 1].isfinite().all() and mean[1].isfinite()
+
+
+def test_autocast_does_not_narrow_the_gradient():
+    x, weight, bias, ref_mean, ref_var = _inputs((4, 3, 8, 8), torch.float32)
+    grads = []
+    for enabled in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (x, weight)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = ref_batch_norm(leaves[0], ref_mean, ref_var, leaves[1], bias)[0]
+            assert y.dtype == torch.float32
+            (y**3).sum().backward()
+        grads.append([t.grad for t in leaves])
+    for a, b in zip(*grads):
+        assert torch.equal(a, b)
+
+
+def test_parts_of_a_batch_with_the_whole_batchs_statistics():
+    # What SyncRefBN does, in one process: the sums that all_reduce would add are given by hand.
+    x, weight, bias, ref_mean, ref_var = _inputs((5, 3, 4, 4))
+    whole = x.clone().requires_grad_()
+    g = torch.randn_like(x)
+    wanted = ref_batch_norm(whole, ref_mean, ref_var, weight, bias)[0]
+    (wanted_grad,) = oracle.gradients(wanted, g, whole)
+
+    batch, parts = batch_statistics(x), (slice(0, 2), slice(2, 2), slice(2, 5))
+    sums = []
+
+    def collect(t):
+        sums.append(t.clone())
+
+    for replay in (False, True):
+        reduce = (lambda t: t.copy_(sum(sums))) if replay else collect
+        for part in parts:
+            xp = x[part].clone().requires_grad_()
+            y = mixed_norm(xp, batch, ref_mean, ref_var, weight, bias, all_reduce=reduce)[0]
+            (grad,) = oracle.gradients(y, g[part], xp)
+            if replay:
+                assert torch.allclose(y, wanted[part], rtol=1e-12, atol=1e-12)
+                assert torch.allclose(grad, wanted_grad[part], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_sample_norm(affine):
+    x, weight, bias, _, _ = _inputs((3, 2, 4, 5))
+    mean, var = torch.randn(3, 2).double(), torch.rand(3, 2).double() + 0.1
+    y = sample_norm(x, mean, var, *((weight, bias) if affine else ()), eps=0.1)
+    for n in range(3):
+        for c in range(2):
+            wanted = (x[n, c] - mean[n, c]) / (var[n, c] + 0.1) ** 0.5
+            wanted = wanted * weight[c] + bias[c] if affine else wanted
+            assert torch.allclose(y[n, c], wanted, rtol=1e-12, atol=1e-12)
