@@ -119,9 +119,12 @@ class _MixedNorm(torch.autograd.Function):
         # PyTorch's kernel of evaluation-mode BatchNorm has the two sums that everything is made of:
         # those of g (x - mu) s and g, the gradients of weight and bias.
         unit = torch.ones_like(mean)
-        _, sum_g_xhat, sum_g = torch.ops.aten.native_batch_norm_backward(
-            g, x, unit, mean, var, None, None, False, ctx.eps, [False, True, True]
-        )
+        if x.numel() > 0:
+            _, sum_g_xhat, sum_g = torch.ops.aten.native_batch_norm_backward(
+                g, x, unit, mean, var, None, None, False, ctx.eps, [False, True, True]
+            )
+        else:  # the kernel divides by the number of elements
+            sum_g_xhat = sum_g = torch.zeros_like(mean)
         total_g, total_g_xhat = sum_g, sum_g_xhat
         if ctx.all_reduce is not None:
             # Whatever this process needs, the others wait for its part.
