@@ -16,7 +16,7 @@ def _layer(step, momentum=0.01, **kwargs):
     """A layer with some history, ``step`` of 40 into its schedule."""
     layer = BatchRenorm2d(3, momentum=momentum, schedule_steps=40, **kwargs)
     layer.running_mean.copy_(torch.tensor([0.0, 1.0, -20.0]))
-    layer.running_var.copy_(torch.tensor([9.0, 0.2, 1.0]))
+    layer.running_var.copy_(torch.tensor([400.0, 0.2, 6.0]))
     layer.num_batches_tracked.fill_(step)
     return layer
 

@@ -34,7 +34,11 @@ def _run(rank, world_size, folder, check, args):
 
 def _spawn(world_size, folder, check, *args):
     """Runs check(rank, world_size, *args) in processes; a hang ends with gloo's timeout."""
-    mp.spawn(_run, (world_size, str(folder), check, args), nprocs=world_size)
+    # One server imports torch and detectron2, which takes seconds, and the processes fork from it.
+    mp.set_forkserver_preload(["refbn_d2.norms", "pytest"])
+    mp.start_processes(
+        _run, (world_size, str(folder), check, args), world_size, start_method="forkserver"
+    )
 
 
 def _layers(k=1.0, dtype=torch.float64, captured=True, momentum=0.1):
