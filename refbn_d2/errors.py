@@ -36,14 +36,14 @@ def _user_message(error: BaseException):
     return " ".join(text.split()) if isinstance(error, UserError) else None
 
 
-def one_line_errors(main: Callable[[], None]) -> Callable[[], None]:
+def one_line_errors(main: Callable) -> Callable:
     """Makes the command ``main`` end a user's mistake with one line and exit status 1."""
 
     @functools.wraps(main)
-    def wrapped():
+    def wrapped(*args, **kwargs):
         logging.getLogger("detectron2.engine.train_loop").addFilter(_NoTraceback())
         try:
-            return main()
+            return main(*args, **kwargs)
         except Exception as e:
             message = _user_message(e)
             if message is None:
