@@ -142,7 +142,9 @@ def simulate(kind, runs, spread, truth, sets, resamples):
         halves = half_samples(list(gt.sizes), resamples, data_set)
         norms = [
             [
-                evaluate(gt, RUN[kind](rng, world, seed_quality(rng, kind, n, spread)), "bbox", halves)
+                evaluate(
+                    gt, RUN[kind](rng, world, seed_quality(rng, kind, n, spread)), "bbox", halves
+                )
                 for _ in range(runs[n])
             ]
             for n in (0, 1)
@@ -162,7 +164,9 @@ def main() -> None:
     parser.add_argument("--sets", type=int, default=200, help="simulated data sets a scenario")
     parser.add_argument("--resamples", type=int, default=200)
     args = parser.parse_args()
-    print("| detector | runs | seed SD of quality | true difference | covered | length | p < 0.05 |")
+    print(
+        "| detector | runs | seed SD of quality | true difference | covered | length | p < 0.05 |"
+    )
     print("|---|---|---|---|---|---|---|")
     truths = {}
     for kind, runs, spread in SCENARIOS:

@@ -53,7 +53,7 @@ def evaluate(
         subsets: image ids of each subset to score as well.
     """
     if iou_type == "segm":
-        # With a box present COCO sizes a detection by the box, not by the mask; detectron2 drops it.
+        # With a box present COCO sizes a detection by the box, not by the mask.
         detections = [{k: v for k, v in d.items() if k != "bbox"} for d in detections]
     scorer = hotcoco.COCOeval(gt.coco, gt.coco.load_res(list(detections)), iou_type)
     # Only AP is asked for; leaving out the recalls at 1 and 10 detections makes it 3 times faster.

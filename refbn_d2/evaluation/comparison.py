@@ -44,7 +44,9 @@ class Group:
     def category_means(self, iou_type: str) -> Dict[int, float]:
         """Category id -> mean AP over seeds, in percent."""
         scores = self.scores[iou_type]
-        return {key: float(np.mean([s.categories[key] for s in scores])) for key in scores[0].categories}
+        return {
+            key: float(np.mean([s.categories[key] for s in scores])) for key in scores[0].categories
+        }
 
 
 @dataclass

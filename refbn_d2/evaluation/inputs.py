@@ -150,8 +150,10 @@ def load_results(path: Path, gt: GroundTruth, iou_types: Sequence[str]) -> List[
         if problem:
             raise UserError(f"{path}: entry {n}: {problem}")
     with_mask = [n for n, entry in enumerate(content) if "segmentation" in entry]
-    problem = rle_problem([content[n]["segmentation"]["counts"] for n in with_mask],
-                          [gt.sizes[content[n]["image_id"]] for n in with_mask])
+    problem = rle_problem(
+        [content[n]["segmentation"]["counts"] for n in with_mask],
+        [gt.sizes[content[n]["image_id"]] for n in with_mask],
+    )
     if problem:
         raise UserError(f"{path}: entry {with_mask[problem[0]]}: {problem[1]}")
     return content

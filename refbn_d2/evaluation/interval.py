@@ -122,9 +122,7 @@ def difference(
         return _result(delta, images, [(images, num_images - 1)], None, None)
     spread = [(x.var(ddof=1), _run_by_image(r, scale), len(x)) for x, r in groups]
     # One term a norm; a norm with a single run borrows, and shares the other's uncertainty.
-    shares = (
-        [1 / k for _, _, k in spread] if len(groups) == 2 else [1 / len(base) + 1 / len(other)]
-    )
+    shares = [1 / k for _, _, k in spread] if len(groups) == 2 else [1 / len(base) + 1 / len(other)]
     seed_terms = [
         (max(seed, inter) * share, k - 1) for (seed, inter, k), share in zip(spread, shares)
     ]

@@ -9,7 +9,6 @@ __all__ = ["rle_problem"]
 _CHUNK = 5000  # masks at once: bounds the memory of a val-sized file
 
 
-
 def rle_problem(
     counts: Sequence[str], sizes: Sequence[Tuple[int, int]]
 ) -> Optional[Tuple[int, str]]:

@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Optional, Sequence
 from ..errors import UserError
 from .inputs import read_json
 
-__all__ = ["Run", "find_runs", "named_results", "training_log"]
+__all__ = ["Run", "common_ground_truth", "find_runs", "named_results", "training_log"]
 
 RESULTS = "inference/coco_instances_results.json"
 
@@ -148,3 +148,18 @@ def training_log(path: Path) -> Dict[str, List[List[float]]]:
             if isinstance(value, (int, float)) and math.isfinite(value):
                 points.append([iteration, value])
     return curves
+
+
+def common_ground_truth(runs: Sequence[Run]) -> Path:
+    """The ground truth that all finished runs name.
+
+    Raises:
+        UserError: if they name none, or different ones.
+    """
+    named = {str(run.gt) for run in runs if run.gt and not run.error}
+    if len(named) != 1:
+        what = (
+            "different ground truths: " + ", ".join(sorted(named)) if named else "no ground truth"
+        )
+        raise UserError(f"the run folders name {what}; give the right one with --gt")
+    return Path(named.pop())
