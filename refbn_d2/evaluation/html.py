@@ -10,6 +10,7 @@ from .comparison import Comparison, Group
 from .pictures import draw
 from .text import (
     PAPER_TABLE,
+    SEEDS_LEAD,
     TITLES,
     columns,
     interval,
@@ -42,11 +43,16 @@ def html(comparison: Comparison, images: Optional[Path] = None) -> str:
         verdicts=verdicts(comparison),
         columns=[f"{m} {TITLES[t]}" for t, m in columns(comparison)],
         rows=_rows(comparison),
+        seeds_lead=SEEDS_LEAD,
         seed_lines=seed_lines(comparison),
         model=model_text(comparison),
         seeds=[plots.ap_per_seed(comparison, t) for t in comparison.iou_types],
         conditions=[f for t in comparison.iou_types for f in plots.ap_by_condition(comparison, t)],
-        training=plots.training_curves(comparison),
+        training=[
+            f
+            for groups in _by_condition(comparison)
+            for f in plots.training_curves(comparison, groups)
+        ],
         curves=_precision_recall(comparison),
         categories=_categories(comparison, clearest),
         pictures=_pictures(comparison, clearest, images),
@@ -86,16 +92,20 @@ def _clearest(comparison: Comparison) -> List[Group]:
     return [group for _, group in best.values()]
 
 
-def _precision_recall(comparison: Comparison) -> List[Dict[str, str]]:
-    by_condition: Dict[str, List[Group]] = {}
+def _by_condition(comparison: Comparison) -> List[List[Group]]:
+    found: Dict[str, List[Group]] = {}
     for group in comparison.groups.values():
-        by_condition.setdefault(group.condition, []).append(group)
+        found.setdefault(group.condition, []).append(group)
+    return list(found.values())
+
+
+def _precision_recall(comparison: Comparison) -> List[Dict[str, str]]:
     return [
         {
-            "title": f"{TITLES[t]}{', ' + condition if condition else ''}",
+            "title": ", ".join(filter(None, (TITLES[t], groups[0].condition))),
             "svg": plots.precision_recall(comparison, groups, t),
         }
-        for condition, groups in by_condition.items()
+        for groups in _by_condition(comparison)
         for t in comparison.iou_types
     ]
 

@@ -5,6 +5,7 @@ from typing import List
 from .comparison import Comparison
 from .text import (
     PAPER_TABLE,
+    SEEDS_LEAD,
     TITLES,
     columns,
     interval,
@@ -26,7 +27,11 @@ def markdown(comparison: Comparison) -> str:
     sections.append(_table(comparison))
     if len(comparison.differences):
         sections += ["## p-values", _p_table(comparison)]
-        sections += ["## Seeds", "\n".join(f"* {line}" for line in seed_lines(comparison))]
+        sections += [
+            "## Seeds",
+            SEEDS_LEAD,
+            "\n".join(f"* {line}" for line in seed_lines(comparison)),
+        ]
     if paper_applies(comparison):
         sections += ["## The paper's own Table 3", _paper_table()]
     if comparison.failed:

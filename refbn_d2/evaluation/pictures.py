@@ -14,7 +14,7 @@ __all__ = ["differing_images", "draw"]
 
 _PER_DIRECTION = 3
 _MIN_SCORE = 0.5
-_HEIGHT = 320  # pixels of a panel in the report
+_HEIGHT = 360  # pixels of a panel in the report
 
 
 def differing_images(base: Group, other: Group, iou_type: str) -> List[Tuple[int, float]]:
@@ -81,10 +81,9 @@ def _panel(comparison, file: Path, key: int, entries, iou_type: str) -> str:
 
     gt = comparison.gt
     rgb = read_image(str(file), format="RGB")
-    scale = max(1.0, _HEIGHT / rgb.shape[0])
     names = list(gt.categories)
     palette = colormap(rgb=True, maximum=1)
-    visualizer = Visualizer(rgb, Metadata(name="report"), scale=scale)
+    visualizer = Visualizer(rgb, Metadata(name="report"), scale=_HEIGHT / rgb.shape[0])
     if entries:
         masks = None
         if iou_type == "segm":
@@ -99,11 +98,7 @@ def _panel(comparison, file: Path, key: int, entries, iou_type: str) -> str:
             ],
         )
     drawn = visualizer.output.get_image()
-    height, width = drawn.shape[:2]
-    small = cv2.resize(
-        drawn, (round(width * _HEIGHT / height), _HEIGHT), interpolation=cv2.INTER_AREA
-    )
-    _, jpeg = cv2.imencode(".jpg", small[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])
+    _, jpeg = cv2.imencode(".jpg", drawn[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])
     return "data:image/jpeg;base64," + base64.b64encode(jpeg.tobytes()).decode()
 
 

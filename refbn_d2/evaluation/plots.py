@@ -93,7 +93,7 @@ def ap_per_seed(comparison: Comparison, iou_type: str) -> str:
         ax.plot([np.mean(ap)] * 2, [row - 0.3, row + 0.3], color=_INK, linewidth=1.6)
     ax.set_yticks(range(len(groups)), [g.label for g in groups])
     ax.set_ylim(len(groups) - 0.4, -0.6)
-    ax.set_xlabel(f"{TITLES[iou_type]} AP (a point a seed, the bar is their mean)")
+    ax.set_xlabel(f"{TITLES[iou_type]} AP")
     return _svg(figure, f"{TITLES[iou_type]} AP per seed")
 
 
@@ -115,14 +115,11 @@ def precision_recall(comparison: Comparison, groups: Sequence[Group], iou_type: 
 
 
 @_drawn
-def training_curves(comparison: Comparison) -> List[str]:
+def training_curves(comparison: Comparison, groups: Sequence[Group]) -> List[str]:
     """Loss and AP by iteration, a line a run; only what the runs' logs hold."""
     styles = _styles(comparison)
     logs = [
-        (group.name, training_log(run.log))
-        for group in comparison.groups.values()
-        for run in group.runs
-        if run.log
+        (group.name, training_log(run.log)) for group in groups for run in group.runs if run.log
     ]
     figures = []
     for key, title in (("total_loss", "loss"), ("bbox/AP", "box AP"), ("segm/AP", "mask AP")):
@@ -137,8 +134,9 @@ def training_curves(comparison: Comparison) -> List[str]:
                 *points.T, line, marker=dots, markersize=4, color=color, linewidth=1.2, label=name
             )
         ax.set(xlabel="iteration", ylabel=title)
+        ax.set_title(groups[0].condition, fontsize=10.5)
         _legend(ax, *ax.get_legend_handles_labels())
-        figures.append(_svg(figure, f"training: {title}"))
+        figures.append(_svg(figure, f"training: {title} {groups[0].condition}"))
     return figures
 
 

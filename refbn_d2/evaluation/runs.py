@@ -107,8 +107,11 @@ def _read_run(file: Path) -> Run:
     name, seed = field("name", str), field("seed", int)
     if not name or seed is None:
         raise UserError(f"{file}: a run needs a name and an integer seed")
-    if content.get("iid") is not None and content.get("grouping") is None:
-        content["grouping"] = 1 - content["iid"]  # also of true and false
+    if content.get("grouping") is None and "iid" in content:
+        if isinstance(content["iid"], bool):
+            content["iid"] = float(content["iid"])
+        iid = field("iid", (int, float))
+        content["grouping"] = None if iid is None else 1 - iid
     grouping = field("grouping", (int, float))
     if grouping is not None and not 0 <= grouping <= 1:
         raise UserError(f"{file}: grouping {grouping} is not within 0 and 1")

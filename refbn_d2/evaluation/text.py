@@ -8,7 +8,7 @@ from .comparison import Comparison
 from .interval import EFFECT, Difference
 
 __all__ = [
-    "PAPER_TABLE", "TITLES", "columns", "interval", "model_text", "number", "p_value",
+    "PAPER_TABLE", "SEEDS_LEAD", "TITLES", "columns", "interval", "model_text", "number", "p_value",
     "paper_applies", "seed_lines", "signed", "verdicts",
 ]  # fmt: skip
 
@@ -71,27 +71,25 @@ def verdicts(comparison: Comparison) -> List[Dict[str, str]]:
     return found
 
 
+SEEDS_LEAD = (
+    f"Runs a norm that would detect a true difference of {EFFECT} AP (80 % power, 5 % level), by "
+    "the spread of the seeds on these images:"
+)
+
+
 def seed_lines(comparison: Comparison) -> List[str]:
-    """What the seeds can and cannot tell, one sentence a comparison."""
+    """One sentence a comparison that continues SEEDS_LEAD."""
     lines = []
     for label, tables in comparison.differences.items():
-        d = next(iter(tables.values()))["AP"]
         base = comparison.groups[comparison.groups[label].baseline]
-        counts = f"runs {len(comparison.groups[label].runs)} against {len(base.runs)}"
-        if d.se_seeds is None:
-            lines.append(
-                f"{label}, {counts}: the training seed is not covered by "
-                "the interval; how many seeds are needed cannot be said."
-            )
-            continue
-        needed = "; ".join(
-            f"{TITLES[t]} AP {table['AP'].seeds_needed or 'more than 10,000'}"
+        text = ", ".join(
+            f"{table['AP'].seeds_needed or 'more than 10,000'} for {TITLES[t]} AP"
             for t, table in tables.items()
         )
-        lines.append(
-            f"{label}, {counts}: runs a norm to detect {EFFECT} AP "
-            f"(80 % power, 5 % level, by the spread of the seeds on these images): {needed}."
-        )
+        if next(iter(tables.values()))["AP"].se_seeds is None:
+            text = "unknown with one run each, whose seed the interval does not cover"
+        counts = f"{len(comparison.groups[label].runs)} against {len(base.runs)} now"
+        lines.append(f"{label}: {text} ({counts}).")
     return lines
 
 
