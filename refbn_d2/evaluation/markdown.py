@@ -95,5 +95,5 @@ def _failed(comparison: Comparison) -> str:
     rows = []
     for run in comparison.failed:
         where = f"{run.name}, seed {run.seed}" + (f", {run.condition}" if run.condition else "")
-        rows.append(f"* {where}: {' '.join(run.error.split())}")
+        rows.append(f"* {where}: {run.error}")
     return "\n".join(rows)

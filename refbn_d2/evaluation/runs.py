@@ -118,7 +118,8 @@ def _read_run(file: Path) -> Run:
     results, log = file.parent / RESULTS, file.parent / "metrics.json"
     error = ""
     if content.get("status") != "finished":
-        error = f"{content.get('status', 'not finished')}: {content.get('error', '')}".rstrip(": ")
+        words = f"{content.get('status', 'not finished')}: {content.get('error', '')}"
+        error = " ".join(words.split()).rstrip(": ")
     elif not results.exists():
         error = f"finished, but has no {RESULTS}"
     paths = {k: Path(content[k]) for k in ("gt", "image_root") if field(k, str)}
