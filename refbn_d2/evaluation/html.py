@@ -1,0 +1,148 @@
+"""report.html: everything on one page, readable without network, scripts or colour."""
+
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import jinja2
+
+from . import plots
+from .comparison import Comparison, Group
+from .pictures import draw
+from .text import (
+    PAPER_TABLE,
+    SEEDS_LEAD,
+    TITLES,
+    columns,
+    interval,
+    model_text,
+    number,
+    p_value,
+    paper_applies,
+    seed_lines,
+    signed,
+    verdicts,
+)
+
+__all__ = ["html"]
+
+_CATEGORY_ROWS = 12  # each way, in a chart; the table below it has all of them
+
+
+def html(comparison: Comparison, images: Optional[Path] = None) -> str:
+    """The page. ``images`` is the folder of the data set's images, if there is one."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    clearest = _clearest(comparison)
+    return environment.get_template("report.html.j2").render(
+        comparison=comparison,
+        verdicts=verdicts(comparison),
+        columns=[f"{m} {TITLES[t]}" for t, m in columns(comparison)],
+        rows=_rows(comparison),
+        seeds_lead=SEEDS_LEAD,
+        seed_lines=seed_lines(comparison),
+        model=model_text(comparison),
+        seeds=[plots.ap_per_seed(comparison, t) for t in comparison.iou_types],
+        conditions=[f for t in comparison.iou_types for f in plots.ap_by_condition(comparison, t)],
+        training=[
+            f
+            for groups in _by_condition(comparison)
+            for f in plots.training_curves(comparison, groups)
+        ],
+        curves=_precision_recall(comparison),
+        categories=_categories(comparison, clearest),
+        pictures=_pictures(comparison, clearest, images),
+        paper=PAPER_TABLE if paper_applies(comparison) else None,
+    )
+
+
+def _rows(comparison: Comparison) -> List[Dict[str, Any]]:
+    rows = []
+    for label, group in comparison.groups.items():
+        cells = []
+        for t, m in columns(comparison):
+            cell = {"value": number(group.mean(t, m)), "delta": "", "interval": "", "p": ""}
+            if group.baseline:
+                d = comparison.differences[label][t][m]
+                corrected = p_value(comparison.p_holm[label][t][m])
+                cell.update(
+                    delta=signed(d.delta),
+                    interval=interval(d),
+                    p=f"p {p_value(d.p)} ({corrected})" if d.p is not None else "",
+                )
+            cells.append(cell)
+        rows.append({"group": group, "cells": cells})
+    return rows
+
+
+def _clearest(comparison: Comparison) -> List[Group]:
+    """One comparison a norm: the condition with the smallest p, so that a page stays a page."""
+    best: Dict[str, tuple] = {}
+    first = comparison.iou_types[0]
+    for label, tables in comparison.differences.items():
+        group = comparison.groups[label]
+        p = tables[first]["AP"].p
+        key = 2.0 if p is None else p
+        if group.name not in best or key < best[group.name][0]:
+            best[group.name] = (key, group)
+    return [group for _, group in best.values()]
+
+
+def _by_condition(comparison: Comparison) -> List[List[Group]]:
+    found: Dict[str, List[Group]] = {}
+    for group in comparison.groups.values():
+        found.setdefault(group.condition, []).append(group)
+    return list(found.values())
+
+
+def _precision_recall(comparison: Comparison) -> List[Dict[str, str]]:
+    return [
+        {
+            "title": ", ".join(filter(None, (TITLES[t], groups[0].condition))),
+            "svg": plots.precision_recall(comparison, groups, t),
+        }
+        for groups in _by_condition(comparison)
+        for t in comparison.iou_types
+    ]
+
+
+def _categories(comparison: Comparison, groups: List[Group]) -> List[Dict[str, Any]]:
+    found = []
+    for group in groups:
+        base = comparison.groups[group.baseline]
+        for t in comparison.iou_types:
+            a, b = base.category_means(t), group.category_means(t)
+            rows = [(comparison.gt.categories[k], a[k], b[k]) for k in a if a[k] == a[k]]
+            rows.sort(key=lambda row: row[1] - row[2])
+            bars = [(name, y - x) for name, x, y in rows]
+            if len(bars) > 2 * _CATEGORY_ROWS:
+                bars = bars[:_CATEGORY_ROWS] + bars[-_CATEGORY_ROWS:]
+            title = f"{group.label} − {base.name}, {TITLES[t]}"
+            if not rows:
+                continue
+            found.append(
+                {
+                    "title": title,
+                    "cut": len(rows) - len(bars),
+                    "svg": plots.category_bars(bars, f"per category: {title}"),
+                    "rows": [(n, number(x), number(y), signed(y - x)) for n, x, y in rows],
+                }
+            )
+    return found
+
+
+def _pictures(comparison, groups: List[Group], images: Optional[Path]) -> List[Dict[str, Any]]:
+    iou_type = comparison.iou_types[-1]  # masks say more than boxes, where there are some
+    found = []
+    for group in groups:
+        base = comparison.groups[group.baseline]
+        folder = images or group.runs[0].image_root
+        drawn = draw(comparison, base, group, iou_type, folder) if folder else []
+        if drawn:
+            title = f"{group.label} against {base.name}, {TITLES[iou_type]}"
+            found.append({"title": title, "images": drawn})
+    return found

@@ -1,0 +1,99 @@
+"""report.md: the layout of the paper's Table 3 with a difference and its interval a norm."""
+
+from typing import List
+
+from .comparison import Comparison
+from .text import (
+    PAPER_TABLE,
+    SEEDS_LEAD,
+    TITLES,
+    columns,
+    interval,
+    model_text,
+    number,
+    p_value,
+    paper_applies,
+    seed_lines,
+    signed,
+    verdicts,
+)
+
+__all__ = ["markdown"]
+
+
+def markdown(comparison: Comparison) -> str:
+    """The report as Markdown."""
+    sections = [f"# {comparison.baseline} against other norms", _bullets(comparison)]
+    sections.append(_table(comparison))
+    if len(comparison.differences):
+        sections += ["## p-values", _p_table(comparison)]
+        sections += [
+            "## Seeds",
+            SEEDS_LEAD,
+            "\n".join(f"* {line}" for line in seed_lines(comparison)),
+        ]
+    if paper_applies(comparison):
+        sections += ["## The paper's own Table 3", _paper_table()]
+    if comparison.failed:
+        sections += ["## Runs without results", _failed(comparison)]
+    sections += ["## What the interval means", model_text(comparison)]
+    return "\n\n".join(sections) + "\n"
+
+
+def _bullets(comparison: Comparison) -> str:
+    lines = [f"* {v['mark']} {v['text']}" for v in verdicts(comparison)]
+    return "\n".join(lines) or "There is nothing to compare with the baseline."
+
+
+def _rows(header: List[str], rows: List[List[str]]) -> str:
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in [header, *rows]]
+    lines = ["| " + " | ".join(row) + " |" for row in escaped]
+    lines.insert(1, "|---" + "|---:" * (len(header) - 1) + "|")
+    return "\n".join(lines)
+
+
+def _titles(comparison: Comparison) -> List[str]:
+    return [f"{m} {TITLES[t]}" for t, m in columns(comparison)]
+
+
+def _table(comparison: Comparison) -> str:
+    rows = []
+    for label, group in comparison.groups.items():
+        count = f"{len(group.runs)} run" + "s" * (len(group.runs) > 1)
+        values = [number(group.mean(t, m)) for t, m in columns(comparison)]
+        rows.append([f"{label} ({count})", *values])
+        if group.baseline:
+            found = comparison.differences[label]
+            cells = [found[t][m] for t, m in columns(comparison)]
+            cells = [f"{signed(d.delta)} {interval(d)}".strip() for d in cells]
+            rows.append([f"difference from {comparison.baseline}", *cells])
+    return _rows(["norm", *_titles(comparison)], rows)
+
+
+def _p_table(comparison: Comparison) -> str:
+    rows = []
+    for label in comparison.differences:
+        cells = []
+        for t, m in columns(comparison):
+            d = comparison.differences[label][t][m]
+            cells.append(f"{p_value(d.p)} ({p_value(comparison.p_holm[label][t][m])})")
+        rows.append([label, *cells])
+    caption = "Not corrected, and in brackets by Holm for all comparisons of one metric.\n\n"
+    return caption + _rows(["norm", *_titles(comparison)], rows)
+
+
+def _paper_table() -> str:
+    header = ["norm"] + [f"{m} {t}" for t in ("box", "mask") for m in ("AP", "AP50", "AP75")]
+    rows = [[name, *map(number, values)] for name, values in PAPER_TABLE.items()]
+    return (
+        "Mask R-CNN, ResNet-50-C4, COCO 2017, single runs, as published. Another training budget "
+        "and perhaps another data set than above: to be read beside it, not against it.\n\n"
+    ) + _rows(header, rows)
+
+
+def _failed(comparison: Comparison) -> str:
+    rows = []
+    for run in comparison.failed:
+        where = f"{run.name}, seed {run.seed}" + (f", {run.condition}" if run.condition else "")
+        rows.append(f"* {where}: {run.error}")
+    return "\n".join(rows)

@@ -1,0 +1,205 @@
+"""The report's figures as inline SVG that follows the page's text colour.
+
+Series differ by marker and line style as well as by colour, so a figure survives grey printing.
+"""
+
+import io
+import itertools
+import re
+from html import escape
+from typing import Dict, List, Sequence, Tuple
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from .comparison import Comparison, Group
+from .runs import training_log
+from .text import TITLES
+
+__all__ = ["ap_by_condition", "ap_per_seed", "category_bars", "precision_recall", "training_curves"]
+
+_INK = "#010203"  # stands for the page's text colour until the SVG is written
+_WIDTH = 5.2  # inches; the SVG scales with the page
+# Light enough for a dark page and dark enough for a light one.
+_COLORS = ["#8c8c8c", "#2f86d6", "#d9772b", "#2a9d6f", "#b65fc2", "#b08d12", "#cf4f5f", "#5f77d8"]
+_MARKERS = "osD^vPX*"
+_LINES = ["-", "--", "-.", ":"]
+_RC = {
+    "svg.fonttype": "none",  # text stays text: small, searchable, in the page's colour
+    "font.family": "sans-serif",
+    "font.size": 10.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    **{f"{k}.color": _INK for k in ("text", "xtick", "ytick")},
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+}
+
+
+def _figure(height: float, width_ratios: Sequence[int] = (1,)):
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    axes = figure.subplots(1, len(width_ratios), squeeze=False)[0]
+    for ax in axes:
+        ax.set_facecolor("none")
+        ax.grid(True, color=_INK, alpha=0.15, linewidth=0.6)
+        ax.set_axisbelow(True)
+    return figure, axes
+
+
+def _svg(figure: Figure, title: str) -> str:
+    buffer = io.StringIO()
+    # A salt of its own keeps the ids of a page's figures apart; no date: the same bytes again.
+    with matplotlib.rc_context({"svg.hashsalt": title}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue().replace(_INK, "currentColor")
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r' (width|height)="[^"]*pt"', "", text)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
+
+
+def _drawn(function):
+    def wrapped(*args, **kwargs):
+        with matplotlib.rc_context(_RC):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def _styles(comparison: Comparison) -> Dict[str, Tuple[str, str, str]]:
+    """Name of a norm -> colour, marker and line style."""
+    names = list(
+        dict.fromkeys([comparison.baseline, *(g.name for g in comparison.groups.values())])
+    )
+    pool = zip(itertools.cycle(_COLORS), itertools.cycle(_MARKERS), itertools.cycle(_LINES))
+    return dict(zip(names, pool))
+
+
+def _legend(ax, handles, labels) -> None:
+    unique = dict(zip(labels, handles))
+    ax.legend(unique.values(), unique.keys(), frameon=False, fontsize=9)
+
+
+@_drawn
+def ap_per_seed(comparison: Comparison, iou_type: str) -> str:
+    """A row a group, a point a seed, a bar for their mean."""
+    groups = list(comparison.groups.values())
+    figure, (ax,) = _figure(0.9 + 0.36 * len(groups))
+    styles = _styles(comparison)
+    for row, group in enumerate(groups):
+        color, marker, _ = styles[group.name]
+        ap = [s.table["AP"] for s in group.scores[iou_type]]
+        ax.plot(ap, [row] * len(ap), marker, color=color, markersize=7, alpha=0.85, clip_on=False)
+        ax.plot([np.mean(ap)] * 2, [row - 0.3, row + 0.3], color=_INK, linewidth=1.6)
+    ax.set_yticks(range(len(groups)), [g.label for g in groups])
+    ax.set_ylim(len(groups) - 0.4, -0.6)
+    ax.set_xlabel(f"{TITLES[iou_type]} AP")
+    return _svg(figure, f"{TITLES[iou_type]} AP per seed")
+
+
+@_drawn
+def precision_recall(comparison: Comparison, groups: Sequence[Group], iou_type: str) -> str:
+    """Mean precision over categories and seeds by recall, at IoU 0.5 and 0.75."""
+    figure, axes = _figure(2.9, (1, 1))
+    styles, recall = _styles(comparison), np.linspace(0, 1, 101)
+    for ax, (row, iou) in zip(axes, ((0, 0.5), (5, 0.75))):
+        for group in groups:
+            color, _, line = styles[group.name]
+            curve = np.mean([s.precision[row] for s in group.scores[iou_type]], axis=0)
+            ax.plot(recall, curve, line, color=color, linewidth=1.8, label=group.name)
+        ax.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", title=f"IoU {iou}")
+        ax.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
+    axes[0].set_ylabel("precision")
+    _legend(axes[1], *axes[1].get_legend_handles_labels())
+    return _svg(figure, f"precision by recall, {TITLES[iou_type]}, {groups[0].condition}")
+
+
+@_drawn
+def training_curves(comparison: Comparison, groups: Sequence[Group]) -> List[str]:
+    """Loss and AP by iteration, a line a run; only what the runs' logs hold."""
+    styles = _styles(comparison)
+    logs = [
+        (group.name, training_log(run.log)) for group in groups for run in group.runs if run.log
+    ]
+    figures = []
+    for key, title in (("total_loss", "loss"), ("bbox/AP", "box AP"), ("segm/AP", "mask AP")):
+        curves = [(name, np.array(log[key])) for name, log in logs if log[key]]
+        if not curves:
+            continue
+        figure, (ax,) = _figure(2.7)
+        for name, points in curves:
+            color, marker, line = styles[name]
+            dots = marker if len(points) < 30 else None
+            ax.plot(
+                *points.T, line, marker=dots, markersize=4, color=color, linewidth=1.2, label=name
+            )
+        ax.set(xlabel="iteration", ylabel=title)
+        ax.set_title(groups[0].condition, fontsize=10.5)
+        _legend(ax, *ax.get_legend_handles_labels())
+        figures.append(_svg(figure, f"training: {title} {groups[0].condition}"))
+    return figures
+
+
+@_drawn
+def ap_by_condition(comparison: Comparison, iou_type: str) -> List[str]:
+    """AP by images a batch and by grouping, where the runs differ in it."""
+    groups = list(comparison.groups.values())
+    figures = []
+    for axis, other, title in (
+        ("ims_per_batch", "grouping", "images a batch"),
+        ("grouping", "ims_per_batch", "grouping of batches (0 is i.i.d.)"),
+    ):
+        values = sorted({getattr(g.runs[0], axis) for g in groups} - {None})
+        if len(values) < 2:
+            continue
+        panels = sorted({getattr(g.runs[0], other) for g in groups}, key=lambda v: (v is None, v))
+        figure, axes = _figure(2.9, [1] * len(panels))
+        for ax, panel in zip(axes, panels):
+            _condition_panel(ax, comparison, iou_type, axis, other, panel)
+            ax.set_xticks(range(len(values)), [f"{v:g}" for v in values])
+            ax.set_xlim(-0.3, len(values) - 0.7)
+            if len(panels) > 1:
+                words = f"grouping {panel:g}" if other == "grouping" else f"{panel} images"
+                ax.set_title("unknown" if panel is None else words)
+            ax.sharey(axes[0])
+        figure.supxlabel(title, fontsize=10.5)
+        axes[0].set_ylabel(f"{TITLES[iou_type]} AP")
+        _legend(axes[-1], *axes[-1].get_legend_handles_labels())
+        figures.append(_svg(figure, f"{TITLES[iou_type]} AP by {title}"))
+    return figures
+
+
+def _condition_panel(ax, comparison: Comparison, iou_type, axis, other, panel) -> None:
+    groups = list(comparison.groups.values())
+    values = sorted({getattr(g.runs[0], axis) for g in groups} - {None})
+    for name, (color, marker, line) in _styles(comparison).items():
+        found = [
+            (values.index(getattr(g.runs[0], axis)), g)
+            for g in groups
+            if g.name == name
+            and getattr(g.runs[0], other) == panel
+            and getattr(g.runs[0], axis) is not None
+        ]
+        found.sort(key=lambda pair: pair[0])
+        means = [g.mean(iou_type, "AP") for _, g in found]
+        ax.plot([x for x, _ in found], means, line, color=color, linewidth=1.6, label=name)
+        for x, group in found:
+            ap = [s.table["AP"] for s in group.scores[iou_type]]
+            ax.plot([x] * len(ap), ap, marker, color=color, markersize=5, alpha=0.8)
+
+
+@_drawn
+def category_bars(rows: Sequence[Tuple[str, float]], title: str) -> str:
+    """Horizontal bars, (category, difference of AP), in the order given."""
+    figure, (ax,) = _figure(0.8 + 0.24 * len(rows))
+    values = [v for _, v in rows]
+    # The sign is in the hatching too, not in the colour alone.
+    colors = [_COLORS[1] if v >= 0 else _COLORS[2] for v in values]
+    bars = ax.barh(range(len(rows)), values, color=colors, height=0.7)
+    for bar, value in zip(bars, values):
+        bar.set(hatch="" if value >= 0 else "///", edgecolor=_INK, linewidth=0.4)
+    ax.axvline(0, color=_INK, linewidth=0.8)
+    ax.set_yticks(range(len(rows)), [name for name, _ in rows])
+    ax.set_ylim(len(rows) - 0.4, -0.6)
+    ax.set_xlabel("difference of AP")
+    return _svg(figure, title)

@@ -1,0 +1,116 @@
+"""Writes a comparison as report.json, report.md and report.html: all three or none."""
+
+import json
+import math
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+from .. import __version__
+from ..errors import UserError
+from .ap import METRICS
+from .comparison import Comparison
+from .interval import CONFIDENCE, EFFECT, POWER
+from .markdown import markdown
+from .text import model_text
+
+__all__ = ["as_json", "check_output", "write_report"]
+
+
+def as_json(comparison: Comparison) -> Dict[str, Any]:
+    """The content of report.json; AP in percent, None where there is nothing to measure."""
+    gt = comparison.gt
+    content = {
+        "meta": {
+            "refbn_d2": __version__,
+            "ground_truth": str(gt.path),
+            "images": len(gt.sizes),
+            "iou_types": comparison.iou_types,
+            "baseline": comparison.baseline,
+            "resamples": comparison.resamples,
+            "seed": comparison.seed,
+            "confidence": CONFIDENCE,
+            "seeds_needed_for": {"AP": EFFECT, "power": POWER, "alpha": 1 - CONFIDENCE},
+            "model": model_text(comparison),
+        },
+        "runs": {label: _run_entry(comparison, label) for label in comparison.groups},
+        "deltas": {label: comparison.delta_table(label) for label in comparison.differences},
+        "categories": {
+            label: {
+                iou_type: {gt.categories[key]: ap for key, ap in g.category_means(iou_type).items()}
+                for iou_type in comparison.iou_types
+            }
+            for label, g in comparison.groups.items()
+        },
+        "failed": [_plain(asdict(run)) for run in comparison.failed],
+    }
+    return _without_nan(content)
+
+
+def _run_entry(comparison: Comparison, label: str) -> Dict[str, Any]:
+    group = comparison.groups[label]
+    entry: Dict[str, Any] = {
+        iou_type: {metric: group.mean(iou_type, metric) for metric in METRICS}
+        for iou_type in comparison.iou_types
+    }
+    entry["compared_with"] = group.baseline
+    entry["seeds"] = [
+        {
+            **_plain(asdict(run)),
+            **{t: group.scores[t][n].table for t in comparison.iou_types},
+        }
+        for n, run in enumerate(group.runs)
+    ]
+    return entry
+
+
+def _plain(entry: Dict[str, Any]) -> Dict[str, Any]:
+    return {
+        k: str(v) if isinstance(v, Path) else v for k, v in entry.items() if v not in (None, "")
+    }
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def check_output(folder: Path) -> None:
+    """Raises UserError, before any work, if a report cannot be written to ``folder``."""
+    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"--output {folder}: {parent} is not a folder one can write to")
+
+
+def write_report(comparison: Comparison, folder: Path, images: Optional[Path] = None) -> List[Path]:
+    """Writes the three files.
+
+    They are made under other names first and renamed when all are complete.
+
+    Args:
+        comparison: of ``comparison.compare``.
+        folder: made if needed; older reports in it are replaced.
+        images: folder of the data set's images, to draw some of them.
+
+    Returns:
+        the files.
+    """
+    from .html import html  # imports matplotlib and detectron2
+
+    texts = {
+        "report.json": json.dumps(as_json(comparison), indent=1, allow_nan=False) + "\n",
+        "report.md": markdown(comparison),
+        "report.html": html(comparison, images),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".report-") as partial:
+        for name, text in texts.items():
+            Path(partial, name).write_text(text, encoding="utf-8")
+        for name in texts:
+            os.replace(Path(partial, name), folder / name)
+    return [folder / name for name in texts]
