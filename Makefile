@@ -21,7 +21,8 @@ $(VENV)/.complete: requirements.txt setup.py tools/setup_detectron2.py
 	@touch $@
 
 quickstart: setup
-	@$(BIN)/python tools/quickstart.py --output $(OUTPUT)
+	@$(BIN)/python tools/compare.py run configs/Quick/quickstart.yaml --jobs 2 --output $(OUTPUT)
+	@$(BIN)/python tools/compare.py report --runs $(OUTPUT) --baseline BN --output $(OUTPUT)/report
 
 test: setup
 	@$(BIN)/python -m pytest

@@ -15,6 +15,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["refbn_d2", "refbn_d2.*"]),
+    package_data={"refbn_d2.evaluation": ["*.j2"]},
     python_requires=">=3.9",
     # detectron2 is not on PyPI under its own name; `import refbn_d2` says how to install it.
     install_requires=[
@@ -28,6 +29,8 @@ setup(
         "scikit-learn",
         "matplotlib",
         "rich",
+        "jinja2",
+        "scipy",
         "tqdm",
         "setuptools<81",  # detectron2 imports pkg_resources
     ],

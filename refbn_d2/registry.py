@@ -1,10 +1,12 @@
 """Teaches detectron2's get_norm the names of refbn_d2.norms."""
 
+import functools
 import types
 from typing import Callable, Dict, List, Optional, Union
 
 from detectron2.layers import FrozenBatchNorm2d, batch_norm
 from torch import nn
+from torchvision.models.convnext import LayerNorm2d
 
 from .errors import UserError
 from .norms import (
@@ -27,6 +29,13 @@ NORMS: Dict[str, Callable[[int], nn.Module]] = {
     "BRN": BatchRenorm2d,
     "SN": SwitchableNorm2d,
     "IN": InstanceNorm2d,
+    # GN's 32 groups do not divide the channels of a ResNet of a quarter the width; 8 are its match.
+    "GN8": functools.partial(nn.GroupNorm, 8),
+}
+
+# Upstream's, for versions that lack them (0.6). LN is over the channels of each pixel.
+_BACKPORTS: Dict[str, Callable[[int], nn.Module]] = {
+    "LN": functools.partial(LayerNorm2d, eps=1e-6),
 }
 
 # What upstream's get_norm has known in one version or another; it keeps its table to itself.
@@ -76,8 +85,10 @@ def _get_norm(norm: Union[str, Callable, None], out_channels: int) -> Optional[n
     try:
         return batch_norm.get_norm.refbn_upstream(norm, out_channels)
     except KeyError:
-        if not isinstance(norm, str) or norm in _UPSTREAM:
+        if not isinstance(norm, str):
             raise
+        if norm in _BACKPORTS:
+            return _BACKPORTS[norm](out_channels)
         raise UnknownNormError(
             f"unknown norm {norm!r}: known are {', '.join(known_norms())} and '' for none"
         ) from None
@@ -90,6 +101,7 @@ def known_norms() -> List[str]:
         try:
             batch_norm.get_norm.refbn_upstream(name, 32)
         except KeyError:  # not in this version
-            continue
+            if name not in _BACKPORTS:
+                continue
         known.append(name)
     return known + list(NORMS)

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Does the norm really help? Compares detectors that differ in their norm.
 
+run      trains the cells of a matrix file: norms x seeds x images per batch x grouping
 report   from run folders, or from COCO results files: report.json, report.md, report.html
 """
 
@@ -12,6 +13,26 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from refbn_d2.errors import UserError, one_line_errors
 from refbn_d2.evaluation.inputs import IOU_TYPES
+
+
+def add_run(commands) -> None:
+    parser = commands.add_parser("run", help="train and evaluate what a matrix file lists")
+    parser.add_argument("matrix", help="YAML; see configs/Quick/quickstart.yaml")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the run folders")
+    parser.add_argument("--num-gpus", type=int, default=0, help="of each run; 0 for the CPU")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, sharing the cores")
+    parser.set_defaults(function=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    from refbn_d2.engine.matrix import load_matrix, run_matrix
+
+    if args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs}: use at least 1")
+    records = run_matrix(load_matrix(args.matrix), args.output, args.num_gpus, args.jobs)
+    failed = sum(record["status"] != "finished" for record in records)
+    if failed:
+        raise UserError(f"{failed} of {len(records)} runs did not finish; see above")
 
 
 def add_report(commands) -> None:
@@ -68,6 +89,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="command")
+    add_run(commands)
     add_report(commands)
     args = parser.parse_args()
     args.function(args)

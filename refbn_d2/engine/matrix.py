@@ -33,6 +33,7 @@ class Cell:
     Attributes:
         name: under which its results are reported.
         norm: as in the names of the config files.
+        pretrained: the norm that the backbone was pretrained with.
         seed: SEED of pretraining and training.
         config: config file of the detector.
         classifier: config file of the pretraining, or None to start from MODEL.WEIGHTS.
@@ -43,6 +44,7 @@ class Cell:
 
     name: str
     norm: str
+    pretrained: str
     seed: int
     config: str
     classifier: Optional[str]
@@ -60,7 +62,7 @@ class Cell:
 
     @property
     def classifier_folder(self) -> Path:
-        return Path("pretraining", self.norm, f"seed{self.seed}")
+        return Path("pretraining", self.pretrained, f"seed{self.seed}")
 
     def detector_opts(self) -> List[str]:
         """KEY VALUE pairs for the detector's config.
@@ -85,8 +87,8 @@ def load_matrix(path: str) -> List[Cell]:
     """Reads a matrix file.
 
     Its keys, config paths relative to the file: DETECTOR and CLASSIFIER (optional), with {norm} in
-    lower case; NORMS, a list of norm types or of {name, norm, opts}; lists SEEDS, IMS_PER_BATCH,
-    GROUPING_STRENGTH; OPTS, KEY VALUE pairs for all.
+    lower case; NORMS, a list of norm types or of {name, norm, pretrained, opts}; lists SEEDS,
+    IMS_PER_BATCH, GROUPING_STRENGTH; OPTS, KEY VALUE pairs for all.
 
     Raises:
         UserError: the file is missing, malformed, or names a config that does not exist.
@@ -113,12 +115,13 @@ def load_matrix(path: str) -> List[Cell]:
     for seed, grouping, ims_per_batch, entry in axes:
         entry = {"name": entry, "norm": entry} if isinstance(entry, str) else entry
         norm = entry["norm"]
+        pretrained = entry.get("pretrained", norm)
         files = {}
-        for key in ("DETECTOR", "CLASSIFIER"):
+        for key, kind in (("DETECTOR", norm), ("CLASSIFIER", pretrained)):
             if key in matrix:
-                file = folder / matrix[key].format(norm=norm.lower())
+                file = folder / matrix[key].format(norm=kind.lower())
                 if not file.is_file():
-                    raise UserError(f"matrix {path}: {key} of norm {norm}: {file} does not exist")
+                    raise UserError(f"matrix {path}: {key} of norm {kind}: {file} does not exist")
                 files[key] = str(file)
         opts = tuple(str(o) for o in [*matrix.get("OPTS", []), *entry.get("opts", [])])
         default = load_config(files["DETECTOR"], list(opts)).SOLVER.IMS_PER_BATCH
@@ -126,6 +129,7 @@ def load_matrix(path: str) -> List[Cell]:
             Cell(
                 name=entry.get("name", norm),
                 norm=norm,
+                pretrained=pretrained,
                 seed=int(seed),
                 config=files["DETECTOR"],
                 classifier=files.get("CLASSIFIER"),
@@ -200,7 +204,7 @@ class _Runner:
         weights = folder / "backbone.pth"
         if self._stop.is_set() or weights.exists():
             return
-        label = f"pretraining {cell.norm}, seed {cell.seed}"
+        label = f"pretraining {cell.pretrained}, seed {cell.seed}"
         self._train("train_classifier.py", cell.classifier, folder, ["SEED", str(cell.seed)], label)
         final = str(folder / "model_final.pth")
         self._command(folder / "log.txt", "convert_backbone.py", final, str(weights))

@@ -15,7 +15,6 @@ from detectron2.data import (
     get_detection_dataset_dicts,
 )
 from detectron2.engine import DefaultTrainer, default_setup
-from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch.utils.data import RandomSampler
@@ -24,6 +23,7 @@ from ..config import apply_norm_config, load_config
 from ..data.errors import dataset_errors, naming_the_file
 from ..data.grouped_sampler import GroupedTrainingSampler, image_groups
 from ..errors import UserError
+from ..evaluation.coco_evaluator import FastCOCOEvaluator
 from ..reference import forked_rng, reference_layers
 from .checkpoint import Checkpointer
 from .hooks import ProgressBar, ReferenceHook
@@ -142,7 +142,9 @@ class Trainer(DefaultTrainer):
                 "evaluated here"
             )
         folder = os.path.join(cfg.OUTPUT_DIR, "inference")
-        return COCOEvaluator(dataset_name, output_dir=folder, use_fast_impl=False)
+        return FastCOCOEvaluator(
+            dataset_name, output_dir=folder, backend=cfg.TEST.COCO_BACKEND
+        )
 
     @classmethod
     def load_reference_batch(cls, cfg: CfgNode) -> List[Dict[str, Any]]:
