@@ -15,6 +15,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["refbn_d2", "refbn_d2.*"]),
+    package_data={"refbn_d2.evaluation": ["*.j2"]},
     python_requires=">=3.9",
     # detectron2 is not on PyPI under its own name; `import refbn_d2` says how to install it.
     install_requires=[
@@ -25,7 +26,9 @@ setup(
         "pycocotools>=2.0.2",
         "fvcore>=0.1.5,<0.1.6",
         "hotcoco>=1.3,<2",
+        "scipy",
         "scikit-learn",
+        "jinja2",
         "matplotlib",
         "rich",
         "tqdm",
