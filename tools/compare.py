@@ -6,13 +6,19 @@ report   from run folders, or from COCO results files: report.json, report.md, r
 """
 
 import argparse
+import warnings
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from refbn_d2.errors import UserError, one_line_errors
-from refbn_d2.evaluation.inputs import IOU_TYPES
+# detectron2 meets it on import; it is nothing that a user of this command can act on.
+warnings.filterwarnings(
+    "ignore", message=".*torch.jit.script. is deprecated", category=FutureWarning
+)
+
+from refbn_d2.errors import UserError, one_line_errors  # noqa: E402
+from refbn_d2.evaluation.inputs import IOU_TYPES  # noqa: E402
 
 
 def add_run(commands) -> None:
@@ -71,7 +77,11 @@ def report(args: argparse.Namespace) -> None:
     total = sum(not run.error for run in runs) * len(iou_types)
     console = Console(stderr=True)
     fields = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    with Progress(*fields, TimeRemainingColumn(), console=console, transient=True) as progress:
+    # Into a log file it would only write blank lines.
+    quiet = not console.is_terminal
+    with Progress(
+        *fields, TimeRemainingColumn(), console=console, transient=True, disable=quiet
+    ) as progress:
         task = progress.add_task("reading", total=total)
 
         def advance(what: str) -> None:

@@ -13,7 +13,6 @@ from .inputs import read_json
 __all__ = ["differing_images", "draw"]
 
 _PER_DIRECTION = 3
-_MIN_SCORE = 0.5
 _HEIGHT = 360  # pixels of a panel in the report
 
 
@@ -39,7 +38,8 @@ def _image_means(scores: Sequence[Evaluation]) -> Dict[int, float]:
 def draw(comparison: Comparison, base: Group, other: Group, iou_type: str, folder: Path) -> list:
     """Draws the images of ``differing_images`` that are in ``folder``.
 
-    Detections are those of each norm's first run with a score of at least 0.5.
+    A norm is shown by that of its runs whose AP on the image is nearest their mean, and by as many
+    of the best-scored detections as there are objects: like AP, that asks for no threshold.
 
     Returns:
         of each image {"id", "delta", "panels": [(title, data URI)]}; empty without images.
@@ -51,16 +51,29 @@ def draw(comparison: Comparison, base: Group, other: Group, iou_type: str, folde
     if not ids:
         return []
     truth = _by_image(comparison.gt.dataset["annotations"], ids)
-    found = [_by_image(read_json(g.runs[0].results), ids) for g in (base, other)]
+    found = [_typical_detections(g, iou_type, ids) for g in (base, other)]
     pictures = []
     for key, delta in chosen:
-        panels = [("ground truth", _panel(comparison, files[key], key, truth[key], iou_type))]
+        panels = [("ground truth", _panel(comparison, files[key], truth[key], iou_type))]
+        count = max(1, sum(not a.get("iscrowd") for a in truth[key]))
         for group, entries in zip((base, other), found):
-            confident = [e for e in entries[key] if e["score"] >= _MIN_SCORE]
-            image = _panel(comparison, files[key], key, confident, iou_type)
-            panels.append((group.name, image))
+            best = sorted(entries[key], key=lambda e: -e["score"])[:count]
+            panels.append((group.name, _panel(comparison, files[key], best, iou_type)))
         pictures.append({"id": key, "delta": delta, "panels": panels})
     return pictures
+
+
+def _typical_detections(group: Group, iou_type: str, ids) -> Dict[int, List[Dict[str, Any]]]:
+    scores = group.scores[iou_type]
+    means = _image_means(scores)
+    runs: Dict[int, List[int]] = {}
+    for key in ids:
+        gaps = [abs(s.images.get(key, 0.0) - means.get(key, 0.0)) for s in scores]
+        runs.setdefault(int(np.argmin(gaps)), []).append(key)
+    found: Dict[int, List[Dict[str, Any]]] = {}
+    for run, keys in runs.items():
+        found.update(_by_image(read_json(group.runs[run].results), set(keys)))
+    return found
 
 
 def _by_image(entries: List[Dict[str, Any]], ids) -> Dict[int, List[Dict[str, Any]]]:
@@ -71,7 +84,7 @@ def _by_image(entries: List[Dict[str, Any]], ids) -> Dict[int, List[Dict[str, An
     return found
 
 
-def _panel(comparison, file: Path, key: int, entries, iou_type: str) -> str:
+def _panel(comparison, file: Path, entries, iou_type: str) -> str:
     """One picture with its objects, as a data URI."""
     import cv2
     from detectron2.data.catalog import Metadata

@@ -21,7 +21,7 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 def command(*arguments):
-    run = [sys.executable, "-W", "ignore", str(ROOT / "tools" / "compare.py"), *map(str, arguments)]
+    run = [sys.executable, str(ROOT / "tools" / "compare.py"), *map(str, arguments)]
     return subprocess.run(run, capture_output=True, text=True, cwd=ROOT)
 
 
@@ -241,6 +241,12 @@ def test_bad_commands_are_one_line_and_write_nothing(
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and words in error and "\n" not in error
     assert not output.exists()
+
+
+def test_a_mistake_is_one_line_of_a_real_process(tmp_path, gt_file):
+    run = command("report", "--gt", gt_file, "--results", "A=none.json", "--output", tmp_path / "x")
+    assert run.returncode == 1 and run.stdout == ""
+    assert run.stderr == "error: none.json: no such file\n"
 
 
 def test_an_older_report_survives_a_failure(tmp_path, gt_file, files, monkeypatch):
