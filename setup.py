@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent
 setup(
     name="refbn_d2",
     version=re.search(r'__version__ = "(.+)"', (ROOT / "refbn_d2/__init__.py").read_text())[1],
-    description="Reference-batch normalization for detectron2: the norm, its reference, its evaluation",
+    description="Reference-batch normalization for detectron2",
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -84,11 +84,11 @@ class Cell:
 
 
 def load_matrix(path: str) -> List[Cell]:
-    """Reads a matrix file.
+    """Reads a matrix file: the product of the axes below, or a list of such products.
 
-    Its keys, config paths relative to the file: DETECTOR and CLASSIFIER (optional), with {norm} in
-    lower case; NORMS, a list of norm types or of {name, norm, pretrained, opts}; lists SEEDS,
-    IMS_PER_BATCH, GROUPING_STRENGTH; OPTS, KEY VALUE pairs for all.
+    Their keys, config paths relative to the file: DETECTOR and CLASSIFIER (optional), with {norm}
+    in lower case; NORMS, a list of norm types or of {name, norm, pretrained, opts}; lists SEEDS,
+    IMS_PER_BATCH, GROUPING_STRENGTH; OPTS, KEY VALUE pairs for all runs.
 
     Raises:
         UserError: the file is missing, malformed, or names a config that does not exist.
@@ -100,10 +100,19 @@ def load_matrix(path: str) -> List[Cell]:
         raise UserError(f"matrix {path}: {e.strerror}") from None
     except yaml.YAMLError as e:
         raise UserError(f"matrix {path}: not YAML: {e}") from None
-    if not isinstance(matrix, dict) or not {"DETECTOR", "NORMS"} <= set(matrix) <= _KEYS:
-        raise UserError(
-            f"matrix {path}: needs DETECTOR and NORMS, and may have {', '.join(sorted(_KEYS))}"
-        )
+    cells = []
+    for part in matrix if isinstance(matrix, list) else [matrix]:
+        if not isinstance(part, dict) or not {"DETECTOR", "NORMS"} <= set(part) <= _KEYS:
+            keys = ", ".join(sorted(_KEYS))
+            raise UserError(f"matrix {path}: needs DETECTOR and NORMS, and may have {keys}")
+        cells += _cells(path, part)
+    folders = [c.folder for c in cells]
+    if len(set(folders)) < len(folders):
+        raise UserError(f"matrix {path}: two runs have the same name, seed, batch and grouping")
+    return cells
+
+
+def _cells(path: str, matrix: Dict[str, Any]) -> List[Cell]:
     folder = Path(path).parent
     cells = []
     axes = itertools.product(
@@ -138,9 +147,6 @@ def load_matrix(path: str) -> List[Cell]:
                 opts=opts,
             )
         )
-    folders = [c.folder for c in cells]
-    if len(set(folders)) < len(folders):
-        raise UserError(f"matrix {path}: two runs have the same name, seed, batch and grouping")
     return cells
 
 
@@ -221,7 +227,7 @@ class _Runner:
             before = json.loads(file.read_text())
             if before.get("settings") != record["settings"]:
                 raise UserError(
-                    f"{folder} holds a run with other settings: choose another --output, or delete it"
+                    f"{folder} holds a run with other settings: choose another --output"
                 )
             if before["status"] == "finished":
                 return before

@@ -142,9 +142,7 @@ class Trainer(DefaultTrainer):
                 "evaluated here"
             )
         folder = os.path.join(cfg.OUTPUT_DIR, "inference")
-        return FastCOCOEvaluator(
-            dataset_name, output_dir=folder, backend=cfg.TEST.COCO_BACKEND
-        )
+        return FastCOCOEvaluator(dataset_name, output_dir=folder, backend=cfg.TEST.COCO_BACKEND)
 
     @classmethod
     def load_reference_batch(cls, cfg: CfgNode) -> List[Dict[str, Any]]:
@@ -167,7 +165,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_reference_loader(cls, cfg: CfgNode, num_images: int):
-        """Yields batches of ``num_images`` on each process, in an order only torch's RNG decides."""
+        """Yields batches of ``num_images`` on each process, in an order of torch's RNG alone."""
         with dataset_errors(cfg.DATASETS.TRAIN):
             dataset = cls._train_dicts(cfg)
         return build_detection_train_loader(
