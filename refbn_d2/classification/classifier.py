@@ -18,8 +18,8 @@ __all__ = ["ImageClassifier"]
 class ImageClassifier(nn.Module):
     """Classifies images by the average of a backbone's last feature map.
 
-    The backbone is built from MODEL.BACKBONE and MODEL.RESNETS as a detector's is, with OUT_FEATURES
-    ["res5"]: its weights fit a detector of the same config name by name.
+    The backbone is built from MODEL.BACKBONE and MODEL.RESNETS as a detector's is, with
+    OUT_FEATURES ["res5"]: its weights fit a detector of the same config name by name.
     """
 
     @configurable
