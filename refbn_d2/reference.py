@@ -1,23 +1,21 @@
 """Capturing the reference batch of a detectron2 model, on any number of processes."""
 
 import logging
-import random
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List
 from unittest import mock
 
-import numpy as np
 import torch
 from detectron2.structures import ImageList
 from detectron2.utils import comm
-from detectron2.utils.env import seed_all_rng
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from .norms import ReferenceNorm2d, capture
+from .rng import forked_rng
 
-__all__ = ["capture_reference", "forked_rng", "reference_layers"]
+__all__ = ["capture_reference", "reference_layers"]
 
 logger = logging.getLogger(__name__)
 
@@ -25,20 +23,6 @@ logger = logging.getLogger(__name__)
 def reference_layers(model: nn.Module) -> Dict[str, ReferenceNorm2d]:
     """The layers of ``model`` that hold a reference, by name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, ReferenceNorm2d)}
-
-
-@contextmanager
-def forked_rng(seed: int) -> Iterator[None]:
-    """Seeds torch, NumPy and ``random``, and puts their states back when the block ends."""
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        # seed_all_rng announces itself only for seed None.
-        seed_all_rng(seed)
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
 
 
 class _OrderFreeRandperm(TorchFunctionMode):

@@ -1,7 +1,11 @@
-"""Shared by all tests: two threads at most, and where the real data is."""
+"""Shared by all tests: two threads at most, the data, and running the training command."""
 
+import functools
+import logging
 import os
+import sys
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import pytest
 import torch
@@ -20,3 +24,57 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data in {folder}; set REFBN_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    """The folder of the tiny data set, registered as tiny_train and tiny_val."""
+    import tiny
+
+    folder = tiny.write(tmp_path_factory.mktemp("tiny"))
+    tiny.register(folder)
+    return folder
+
+
+class Result(NamedTuple):
+    """What a command did: exit status, standard output and standard error."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def train_net(monkeypatch, capfd) -> Callable[..., Result]:
+    """``tools/train_net.py`` with these arguments, but in this process: starting one takes long."""
+    from detectron2.utils import logger
+
+    from refbn_d2.engine import Trainer, train_command
+
+    def run(*args: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["train_net.py", "--num-gpus", "0", *map(str, args)])
+        state = torch.random.get_rng_state()
+        capfd.readouterr()
+        status = 0
+        try:
+            train_command(Trainer, "")
+        except SystemExit as e:
+            status = e.code
+        finally:
+            # detectron2 adds handlers, each with the stdout of the time, and keeps them.
+            for name in ("detectron2", "fvcore", "refbn_d2"):
+                for handler in list(logging.getLogger(name).handlers):
+                    handler.close()
+                    logging.getLogger(name).removeHandler(handler)
+            _clear_cache(logger.setup_logger)
+            torch.random.set_rng_state(state)
+        return Result(status, *capfd.readouterr())
+
+    return run
+
+
+def _clear_cache(function: Callable) -> None:
+    while function is not None and not isinstance(function, functools._lru_cache_wrapper):
+        function = getattr(function, "__wrapped__", None)
+    if function is not None:
+        function.cache_clear()

@@ -4,7 +4,8 @@
 1. What is importable is left alone.
 2. The official source at a pinned commit, compiled.
 3. Where that cannot be reached: the sdist of release 0.6 on PyPI. Its Python files are upstream's,
-   the C++ sources are missing, so it is installed as pure Python; NMS and RoIAlign are torchvision's.
+   the C++ sources are missing, so it is installed as pure Python; torchvision does NMS and
+   RoIAlign.
 
 Standard library only; torch must be installed already.
 """
@@ -29,6 +30,19 @@ PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
 INSTALL = [*PIP, "install", "--no-deps", "--no-build-isolation"]
 
 STAND_IN = '''"""Stands in for the C++ extension, which this pure-Python installation lacks."""
+
+
+# detectron2 writes these to the log when training starts.
+def get_compiler_version():
+    return "none, installed as pure Python"
+
+
+def get_cuda_version():
+    return "none, installed as pure Python"
+
+
+def has_cuda():
+    return False
 
 
 def __getattr__(name):
@@ -139,8 +153,8 @@ def main() -> None:
     if not installed():
         sys.exit("detectron2: installed, but cannot be imported; delete .venv and try again")
     print(
-        "detectron2: official source not available, installed 0.6 from PyPI as pure Python; it "
-        "lacks rotated boxes, deformable convolution and the C++ COCOeval"
+        "detectron2: official source not reachable, installed release 0.6 from PyPI as pure "
+        "Python; it lacks rotated boxes, deformable convolution and the C++ COCOeval"
     )
 
 

@@ -27,6 +27,15 @@ class Checkpointer(DetectionCheckpointer):
         self._path = path
         return super().load(path, checkpointables)
 
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        # Upstream empties the file first; a run killed in that moment could not resume.
+        path = os.path.join(self.save_dir, "last_checkpoint")
+        if not os.path.isdir(self.save_dir):  # remote storage
+            return super().tag_last_checkpoint(last_filename_basename)
+        with open(path + ".partial", "w") as f:
+            f.write(last_filename_basename)
+        os.replace(path + ".partial", path)
+
     def _load_model(self, checkpoint: Any):
         incompatible = super()._load_model(checkpoint)
         if incompatible is None:

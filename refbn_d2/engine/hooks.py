@@ -1,4 +1,4 @@
-"""Hooks of the training loop: capturing the reference, showing progress."""
+"""Hooks of the training loop: capturing the reference, exact resume, showing progress."""
 
 import json
 import logging
@@ -7,12 +7,15 @@ from typing import Any, Callable, Dict, List, Optional
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
+from ..data.loader import TrainLoader
 from ..reference import capture_reference, reference_layers
+from ..rng import derived_seed
 
-__all__ = ["ProgressBar", "ReferenceHook"]
+__all__ = ["ExactResume", "ProgressBar", "ReferenceHook"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +53,7 @@ class ReferenceHook(HookBase):
         self._capture()
 
     def before_step(self):
-        if self._refresh_period > 0 and self.trainer.iter > self.trainer.start_iter:
+        if self._refresh_period > 0 and self.trainer.iter > 0:
             if self.trainer.iter % self._refresh_period == 0:
                 self._capture()
 
@@ -72,6 +75,34 @@ class ReferenceHook(HookBase):
             PathManager.mkdirs(self._output_dir)
             with PathManager.open(os.path.join(self._output_dir, "reference.json"), "w") as f:
                 json.dump(record, f, indent=1)
+
+
+class ExactResume(HookBase):
+    """Lets a run that was interrupted go on as if nothing had happened, bit for bit on a CPU.
+
+    Weights, optimizer and schedule are in detectron2's checkpoint. What is missing is chance: here
+    every iteration's random numbers depend on the run's seed and the iteration alone, and so do the
+    images it gets. The seed is in the checkpoint, hence this works without SEED, too.
+
+    Args:
+        loader: the trainer's.
+    """
+
+    def __init__(self, loader: TrainLoader):
+        self._loader = loader
+
+    def state_dict(self) -> Dict[str, int]:
+        return {"seed": self._loader.seed}
+
+    def load_state_dict(self, state: Dict[str, int]) -> None:
+        self._loader.seed = state["seed"]
+
+    def before_train(self):
+        self._loader.start = self.trainer.start_iter
+
+    def before_step(self):
+        # More numbers than in the key of an image, so that no step repeats an image's sequence.
+        seed_all_rng(derived_seed(self._loader.seed, comm.get_rank(), self.trainer.iter, 1))
 
 
 class ProgressBar(HookBase):

@@ -17,16 +17,18 @@ from detectron2.data import (
 from detectron2.engine import DefaultTrainer, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from torch.utils.data import RandomSampler
+from torch.utils.data import Dataset, RandomSampler, Sampler
 
 from ..config import apply_norm_config, load_config
 from ..data.errors import dataset_errors, naming_the_file
 from ..data.grouped_sampler import GroupedTrainingSampler, image_groups
+from ..data.loader import TrainLoader
 from ..errors import UserError
 from ..evaluation.coco_evaluator import FastCOCOEvaluator
-from ..reference import forked_rng, reference_layers
+from ..reference import reference_layers
+from ..rng import forked_rng
 from .checkpoint import Checkpointer
-from .hooks import ProgressBar, ReferenceHook
+from .hooks import ExactResume, ProgressBar, ReferenceHook
 
 __all__ = ["Trainer", "setup"]
 
@@ -90,6 +92,14 @@ class Trainer(DefaultTrainer):
             if hasattr(hook, "checkpointer"):  # PeriodicCheckpointer holds the one it was made with
                 hook.checkpointer = self.checkpointer
 
+    def state_dict(self) -> Dict[str, Any]:
+        # Release 0.6 of detectron2 leaves out the optimizer; later ones do just this.
+        return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._trainer.load_state_dict(state_dict["_trainer"])
+
     @classmethod
     def build_checkpointer(cls, cfg: CfgNode, model, **checkpointables) -> Checkpointer:
         """The one way in which training and ``--eval-only`` read weights."""
@@ -105,25 +115,54 @@ class Trainer(DefaultTrainer):
         return naming_the_file(DatasetMapper(cfg, is_train))
 
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode):
-        overrides = {"mapper": cls.build_mapper(cfg, True)}
+    def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
+        """detectron2's training loader, but for being able to go on where a run was interrupted."""
+        batch_size, rest = divmod(cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size())
+        if batch_size < 1 or rest:
+            raise UserError(
+                f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}: use a multiple of the number "
+                f"of processes, {comm.get_world_size()}"
+            )
+        grouped = cfg.DATALOADER.SAMPLER_TRAIN == "GroupedTrainingSampler"
         with dataset_errors(cfg.DATASETS.TRAIN):
-            if cfg.DATALOADER.SAMPLER_TRAIN == "GroupedTrainingSampler":
-                dataset = cls._train_dicts(cfg)
-                sampler = GroupedTrainingSampler(
-                    image_groups(dataset),
-                    cfg.DATALOADER.GROUPING_STRENGTH,
-                    cfg.SOLVER.IMS_PER_BATCH,
-                    cfg.SEED if cfg.SEED >= 0 else None,
-                )
-                # Grouping by shape would mix the batches again.
-                overrides.update(dataset=dataset, sampler=sampler, aspect_ratio_grouping=False)
-            return build_detection_train_loader(cfg, **overrides)
+            return TrainLoader(
+                cls._train_dicts(cfg),
+                lambda dataset, seed: cls._build_sampler(cfg, dataset, seed),
+                cls.build_mapper(cfg, True),
+                batch_size,
+                # Grouping by shape would mix the batches of that sampler again.
+                cfg.DATALOADER.ASPECT_RATIO_GROUPING and not grouped,
+                cfg.DATALOADER.NUM_WORKERS,
+                cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
+            )
+
+    @classmethod
+    def _build_sampler(cls, cfg: CfgNode, dataset: Dataset, seed: int) -> Sampler:
+        """The sampler that DATALOADER.SAMPLER_TRAIN names, over ``dataset``."""
+        if cfg.DATALOADER.SAMPLER_TRAIN == "GroupedTrainingSampler":
+            return GroupedTrainingSampler(
+                image_groups(dataset),
+                cfg.DATALOADER.GROUPING_STRENGTH,
+                cfg.SOLVER.IMS_PER_BATCH,
+                seed,
+            )
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.SEED = seed
+        with forked_rng(seed):  # several samplers of detectron2 know no SEED and draw one
+            loader = build_detection_train_loader(
+                cfg, dataset=dataset, mapper=lambda d: d, aspect_ratio_grouping=False
+            )
+        return loader.dataset.sampler
 
     @staticmethod
     def _train_dicts(cfg: CfgNode) -> List[Dict[str, Any]]:
+        keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
         return get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=keypoints if cfg.MODEL.KEYPOINT_ON else 0,
+            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
 
     @classmethod
@@ -165,7 +204,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_reference_loader(cls, cfg: CfgNode, num_images: int):
-        """Yields batches of ``num_images`` on each process, in an order of torch's RNG alone."""
+        """Batches of ``num_images`` on each process, in an order that only torch's RNG decides."""
         with dataset_errors(cfg.DATASETS.TRAIN):
             dataset = cls._train_dicts(cfg)
         return build_detection_train_loader(
@@ -179,6 +218,8 @@ class Trainer(DefaultTrainer):
 
     def build_hooks(self):
         hooks = super().build_hooks()
+        if isinstance(self._trainer.data_loader, TrainLoader):
+            hooks.insert(0, ExactResume(self._trainer.data_loader))
         if reference_layers(self.model):
             reference = self.cfg.MODEL.REFBN.REFERENCE
             hooks.insert(

@@ -1,0 +1,91 @@
+"""A training loader whose batches are a function of a seed, so that a resumed run can go on with
+the batch at which it was interrupted."""
+
+import itertools
+from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
+
+import torch
+from detectron2.data import DatasetFromList, MapDataset
+from detectron2.data.build import trivial_batch_collator
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ..rng import derived_seed, forked_rng
+
+__all__ = ["TrainLoader"]
+
+
+class _Seeded(Dataset):
+    """Loads an image with random numbers that depend on its position in the stream alone."""
+
+    def __init__(self, dataset: Dataset, seed: int):
+        self._dataset = dataset
+        self._key = seed, comm.get_rank()
+
+    def __getitem__(self, item: Tuple[int, int]) -> Any:
+        position, index = item
+        with forked_rng(derived_seed(*self._key, position)):
+            return self._dataset[index]
+
+
+class TrainLoader:
+    """Yields the batches of this process, lists of mapped dataset dicts, without end.
+
+    The images, their batches and their augmentation are what detectron2's loader would give: its
+    samplers, batches of one orientation, the mapper's random numbers. But they depend on ``seed``
+    and on nothing else, least of all on the number of workers. Batches before ``start`` are
+    skipped without loading an image.
+
+    Args:
+        dicts: dataset dicts with "width" and "height".
+        sampler: makes the endless stream of this process's indices, given the dataset and a seed.
+        mapper: makes model input of a dataset dict.
+        batch_size: of this process.
+        group_by_orientation: whether wide images and all others go into batches of their own.
+        num_workers: processes that load images; 0 for none.
+        seed: >= 0, the same on every process.
+
+    Attributes:
+        seed, start: may be set until the first batch is asked for.
+    """
+
+    def __init__(
+        self,
+        dicts: Sequence[Dict[str, Any]],
+        sampler: Callable[[Dataset, int], Sampler],
+        mapper: Callable[[Dict[str, Any]], Any],
+        batch_size: int,
+        group_by_orientation: bool,
+        num_workers: int,
+        seed: int,
+    ):
+        # Known for all images beforehand, or skipping batches would mean loading dicts.
+        self._bucket = [group_by_orientation and d["width"] > d["height"] for d in dicts]
+        self._dataset = DatasetFromList(list(dicts), copy=False)
+        self._sampler = sampler
+        self._mapper = mapper
+        self._batch_size = batch_size
+        self._num_workers = num_workers
+        self.seed = seed
+        self.start = 0
+
+    def _batches(self) -> Iterator[List[Tuple[int, int]]]:
+        """Batches of (position in the stream, index of the image)."""
+        buckets: Dict[bool, List[Tuple[int, int]]] = {False: [], True: []}
+        for position, index in enumerate(self._sampler(self._dataset, self.seed)):
+            bucket = buckets[self._bucket[index]]
+            bucket.append((position, index))
+            if len(bucket) == self._batch_size:
+                yield bucket[:]
+                bucket.clear()
+
+    def __iter__(self) -> Iterator[List[Any]]:
+        # A generator: release 0.6 of detectron2 asks for the iterator before it knows about resume.
+        yield from DataLoader(
+            _Seeded(MapDataset(self._dataset, self._mapper), self.seed),
+            batch_sampler=itertools.islice(self._batches(), self.start, None),
+            num_workers=self._num_workers,
+            collate_fn=trivial_batch_collator,
+            # Without one of its own it draws from the generator of the training step.
+            generator=torch.Generator(),
+        )
