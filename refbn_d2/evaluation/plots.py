@@ -124,7 +124,7 @@ def training_curves(comparison: Comparison, groups: Sequence[Group]) -> List[str
     figures = []
     for key, title in (("total_loss", "loss"), ("bbox/AP", "box AP"), ("segm/AP", "mask AP")):
         curves = [(name, np.array(log[key])) for name, log in logs if log[key]]
-        if not curves:
+        if not any(len(points) > 1 for _, points in curves):  # evaluated once, at the end
             continue
         figure, (ax,) = _figure(2.7)
         for name, points in curves:

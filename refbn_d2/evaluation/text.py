@@ -67,6 +67,8 @@ def verdicts(comparison: Comparison) -> List[Dict[str, str]]:
                 f"{signed(d.delta)} {interval(d)}, p = {p_value(d.p)}, "
                 f"{p_value(p)} after correction."
             ).replace("= <", "<")
+            if d.se_seeds is None:
+                text += " One run each: another training seed may say otherwise."
             found.append({"label": label, "mark": mark, "text": text})
     return found
 
