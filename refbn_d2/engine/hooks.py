@@ -101,8 +101,8 @@ class ExactResume(HookBase):
         self._loader.start = self.trainer.start_iter
 
     def before_step(self):
-        # More numbers than in the key of an image, so that no step repeats an image's sequence.
-        seed_all_rng(derived_seed(self._loader.seed, comm.get_rank(), self.trainer.iter, 1))
+        # The loader's keys are shorter: no step repeats the random numbers of an image.
+        seed_all_rng(derived_seed(self._loader.seed, comm.get_rank(), self.trainer.iter, 0))
 
 
 class ProgressBar(HookBase):
