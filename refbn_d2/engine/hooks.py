@@ -108,6 +108,8 @@ class ExactResume(HookBase):
 class ProgressBar(HookBase):
     """A progress bar with the time left and the loss; only where somebody looks at a terminal."""
 
+    _bar: Optional[tqdm] = None
+
     def before_train(self):
         self._bar = tqdm(
             total=self.trainer.max_iter,
@@ -125,4 +127,5 @@ class ProgressBar(HookBase):
                 self._bar.set_postfix(loss=f"{losses.median(20):.3f}")
 
     def after_train(self):
-        self._bar.close()
+        if self._bar is not None:  # else a hook before this one failed
+            self._bar.close()
