@@ -73,6 +73,7 @@ def load_config(path: str, opts: Optional[List[str]] = None) -> CN:
     add_data_config(cfg)
     add_evaluation_config(cfg)
     add_classification_config(cfg)
+    where = path
     try:
         if path:
             cfg.merge_from_file(path, allow_unsafe=False)
@@ -82,15 +83,17 @@ def load_config(path: str, opts: Optional[List[str]] = None) -> CN:
         mark = getattr(e, "problem_mark", None)
         place = f"{mark.name}, line {mark.line + 1}" if mark else path
         raise UserError(f"{place}: not plain YAML: {getattr(e, 'problem', e)}") from None
-    except KeyError as e:
-        raise UserError(_unknown_key(cfg, str(e.args[0]))) from None
-    except (AssertionError, ValueError, OSError, AttributeError, TypeError) as e:
-        raise UserError(f"{path or where}: {e}") from None
+    except RecursionError:
+        raise UserError(f"{path}: its _BASE_ leads back to itself") from None
+    except (KeyError, AssertionError, ValueError, OSError, AttributeError, TypeError) as e:
+        message = str(e.args[0]) if isinstance(e, KeyError) else str(e)
+        raise UserError(f"{where}: {_explained(cfg, message)}") from None
     _check(cfg)
     return cfg
 
 
-def _unknown_key(cfg: CN, message: str) -> str:
+def _explained(cfg: CN, message: str) -> str:
+    """The message of yacs, with the likeliest key in place of an unknown one."""
     found = re.search(r"Non-existent (?:config )?key: ([\w.]+)", message)
     if not found:
         return message
@@ -112,6 +115,8 @@ def _check(cfg: CN) -> None:
         raise UserError(
             f"MODEL.REFBN.PSEUDO_COUNT is {refbn.PSEUDO_COUNT}: use a finite number >= 0"
         )
+    if not -1 <= cfg.SEED < 2**31:
+        raise UserError(f"SEED is {cfg.SEED}: use a whole number >= 0, or -1 for a random one")
     if not 0 <= cfg.DATALOADER.GROUPING_STRENGTH <= 1:
         raise UserError(
             f"DATALOADER.GROUPING_STRENGTH is {cfg.DATALOADER.GROUPING_STRENGTH}: use 0 to 1"

@@ -8,6 +8,7 @@ from unittest import mock
 import torch
 from detectron2.structures import ImageList
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.overrides import TorchFunctionMode
@@ -111,7 +112,8 @@ def capture_reference(
     taken = []
     if rank < num_active:
         with forked_rng(seed), _OrderFreeRandperm(seed), _padded_to(height, width):
-            with capture(model, gather if world_size > 1 else None) as taken:
+            # R-CNNs log statistics of each pass, and must be able to; this one is no training step.
+            with EventStorage(), capture(model, gather if world_size > 1 else None) as taken:
                 model(batch[rank::num_active])
     if world_size > 1:
         taken = _broadcast(layers, taken)

@@ -13,7 +13,8 @@ __all__ = ["derived_seed", "forked_rng"]
 
 def derived_seed(*key: int) -> int:
     """A seed in [0, 2**32) for each sequence of whole numbers >= 0, as if drawn at random."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
+    # Without its length a key would be that of one with zeros behind it.
+    return int(np.random.SeedSequence((len(key), *key)).generate_state(1)[0])
 
 
 @contextmanager

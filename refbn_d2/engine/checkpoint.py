@@ -10,7 +10,9 @@ from ..errors import UserError
 
 __all__ = ["Checkpointer"]
 
-_RESNET_CONV = re.compile(r"res\d\.\d+\.(conv\d|shortcut)\.weight$")
+_RESNET_WEIGHT = re.compile(r"res\d\.\d+\.(conv\d|shortcut)(\.norm)?\.weight$")
+# Where it is missing, BatchNorm was fused into the weights: a live norm cannot start from those.
+_RESNET_STATISTICS = re.compile(r"res\d\.\d+\.(conv\d|shortcut)\.norm\.running_var$")
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -36,13 +38,21 @@ class Checkpointer(DetectionCheckpointer):
             f.write(last_filename_basename)
         os.replace(path + ".partial", path)
 
+    def _load_file(self, filename: str):
+        try:
+            return super()._load_file(filename)
+        except Exception as e:  # whatever unpickling a damaged file may raise
+            reason = str(e).split(". ")[0] or type(e).__name__
+            raise UserError(f"weights {filename!r} cannot be read: {reason}") from e
+
     def _load_model(self, checkpoint: Any):
         incompatible = super()._load_model(checkpoint)
         if incompatible is None:
             return incompatible
         missing, extra = incompatible.missing_keys, incompatible.unexpected_keys
         # R-50 weights in an R-101, or the reverse, fit block by block as far as they go.
-        unmatched = [k for k in [*missing, *extra] if _RESNET_CONV.search(k)]
+        unmatched = [k for k in [*missing, *extra] if _RESNET_WEIGHT.search(k)]
+        unmatched += [k for k in missing if _RESNET_STATISTICS.search(k)]
         if unmatched or all(n in missing for n, _ in self.model.named_parameters()):
             detail = f"{unmatched[0]} has no match" if unmatched else "no parameter matches"
             raise UserError(

@@ -101,12 +101,14 @@ class ExactResume(HookBase):
         self._loader.start = self.trainer.start_iter
 
     def before_step(self):
-        # More numbers than in the key of an image, so that no step repeats an image's sequence.
-        seed_all_rng(derived_seed(self._loader.seed, comm.get_rank(), self.trainer.iter, 1))
+        # The loader's keys are shorter: no step repeats the random numbers of an image.
+        seed_all_rng(derived_seed(self._loader.seed, comm.get_rank(), self.trainer.iter, 0))
 
 
 class ProgressBar(HookBase):
     """A progress bar with the time left and the loss; only where somebody looks at a terminal."""
+
+    _bar: Optional[tqdm] = None
 
     def before_train(self):
         self._bar = tqdm(
@@ -125,4 +127,5 @@ class ProgressBar(HookBase):
                 self._bar.set_postfix(loss=f"{losses.median(20):.3f}")
 
     def after_train(self):
-        self._bar.close()
+        if self._bar is not None:  # else a hook before this one failed
+            self._bar.close()

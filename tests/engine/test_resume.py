@@ -22,6 +22,8 @@ ITERATIONS = 8
 
 def _train(data: Path, output: Path, resume: bool, options: dict) -> None:
     torch.set_num_threads(1)
+    # A forked process inherits the server's way of starting workers, which imports all again.
+    mp.set_start_method("fork", force=True)
     # Orphaned workers notice after this many seconds and hold up what waits for the process.
     worker.MP_STATUS_CHECK_INTERVAL = 0.2
     tiny.register(data)

@@ -1,0 +1,126 @@
+"""Loading a config: safely, and with errors that say what to mend."""
+
+import pytest
+import tiny
+from detectron2.config import get_cfg
+
+from refbn_d2 import RefBatchNorm2d, add_refbn_config
+from refbn_d2.config import apply_norm_config, load_config
+from refbn_d2.errors import UserError
+
+# Would write a file if it were run.
+EVIL = "MODEL:\n  WEIGHTS: !!python/object/apply:os.system ['touch {}']\n"
+
+
+def _write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+def test_defaults_are_the_papers():
+    cfg = get_cfg()
+    add_refbn_config(cfg)
+    refbn = cfg.MODEL.REFBN
+    assert refbn.PSEUDO_COUNT == 1.0
+    assert dict(refbn.REFERENCE) == {"SEED": 0, "NUM_IMAGES": 0, "REFRESH_PERIOD": 0}
+
+
+def test_file_base_and_command_line_in_this_order(tmp_path):
+    _write(tmp_path / "base.yaml", "SEED: 1\nSOLVER:\n  MAX_ITER: 1\n  BASE_LR: 1.0\n")
+    leaf = _write(tmp_path / "leaf.yaml", "_BASE_: base.yaml\nSOLVER:\n  MAX_ITER: 2\n")
+    cfg = load_config(leaf, ["MODEL.REFBN.PSEUDO_COUNT", "2.5"])
+    assert (cfg.SEED, cfg.SOLVER.MAX_ITER, cfg.SOLVER.BASE_LR) == (1, 2, 1.0)
+    assert cfg.MODEL.REFBN.PSEUDO_COUNT == 2.5
+    assert load_config("", ["SEED", "5"]).SEED == 5
+
+
+@pytest.mark.parametrize("where", ["file", "base"])
+def test_python_in_yaml_is_refused_and_not_run(tmp_path, where):
+    witness = tmp_path / "witness"
+    path = _write(tmp_path / "evil.yaml", EVIL.format(witness))
+    if where == "base":
+        path = _write(tmp_path / "leaf.yaml", "_BASE_: evil.yaml\n")
+    with pytest.raises(UserError, match="evil.yaml.*not plain YAML.*python/object") as e:
+        load_config(path)
+    assert not witness.exists() and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("MODEL:\n  REFBN:\n    PSUEDO_COUNT: 1\n", "did you mean MODEL.REFBN.PSEUDO_COUNT"),
+        ("MODEL:\n  REFBN:\n    REFERENCE:\n      SEEDS: 1\n", "MODEL.REFBN.REFERENCE.SEED?"),
+        ("MODEL:\n  REFBN:\n    PSEUDO_COUNT: many\n", "PSEUDO_COUNT"),
+        ("MODEL: [1\n", "not plain YAML"),
+        ("MODEL: 3\n", "config.yaml"),
+        ("- a list\n", "list"),
+        ("_BASE_: nowhere.yaml\n", "nowhere.yaml"),
+        ("_BASE_: config.yaml\n", "config.yaml"),
+    ],
+)
+def test_a_bad_file_is_a_one_line_error(tmp_path, text, expected):
+    path = _write(tmp_path / "config.yaml", text)
+    with pytest.raises(UserError) as e:
+        load_config(path)
+    assert expected in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("PSEUDO_COUNT", "-1.0"),
+        ("PSEUDO_COUNT", "float('nan')"),
+        ("PSEUDO_COUNT", "nan"),
+        ("PSEUDO_COUNT", "inf"),
+        ("PSEUDO_COUNT", "1e999"),
+        ("PSEUDO_COUNT", "True"),
+        ("REFERENCE.SEED", "-1"),
+        ("REFERENCE.SEED", str(2**32)),
+        ("REFERENCE.SEED", "1.5"),
+        ("REFERENCE.SEED", "x"),
+        ("REFERENCE.NUM_IMAGES", "-4"),
+        ("REFERENCE.REFRESH_PERIOD", "-1"),
+        ("REFERENCE.REFRESH_PERIOD", "0.5"),
+    ],
+)
+def test_a_bad_value_is_an_error_that_names_the_key(key, value):
+    with pytest.raises(UserError) as e:
+        load_config("", [f"MODEL.REFBN.{key}", value])
+    assert key.split(".")[-1] in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "opts, expected",
+    [
+        (["MODEL.REFBN.PSEUDOCOUNT", "1"], "MODEL.REFBN.PSEUDO_COUNT"),
+        (["MODEL.REFBN.REFERENCE.REFRESH", "1"], "MODEL.REFBN.REFERENCE.REFRESH_PERIOD"),
+        (["MODEL.REFBM.PSEUDO_COUNT", "1"], "MODEL.REFBN.PSEUDO_COUNT"),
+        (["SEED"], "SEED"),
+        (["SEED", "-2"], "SEED is -2"),
+        (["SEED", str(2**32)], f"SEED is {2**32}"),
+        (["DATALOADER.GROUPING_STRENGTH", "1.5"], "GROUPING_STRENGTH"),
+    ],
+)
+def test_a_bad_command_line_is_an_error(opts, expected):
+    with pytest.raises(UserError) as e:
+        load_config("", opts)
+    assert expected in str(e.value)
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(UserError, match="no/such.yaml"):
+        load_config("no/such.yaml")
+
+
+def test_norms_get_the_configured_pseudo_count():
+    cfg = load_config("", ["MODEL.REFBN.PSEUDO_COUNT", "3.0"])
+    layer = RefBatchNorm2d(2)
+    assert apply_norm_config(layer, cfg) is layer
+    assert layer.pseudo_count == 3.0 and isinstance(layer.pseudo_count, float)
+
+
+def test_all_configs_of_the_repository_load():
+    paths = sorted((tiny.ROOT / "configs").rglob("*.yaml"))
+    assert len(paths) >= 12
+    for path in paths:
+        load_config(str(path))
