@@ -21,7 +21,7 @@ $(VENV)/.complete: requirements.txt setup.py tools/setup_detectron2.py
 	@touch $@
 
 quickstart: setup
-	@$(BIN)/python tools/compare.py run configs/Quick/quickstart.yaml --jobs 2 --output $(OUTPUT)
+	@$(BIN)/python tools/compare.py run configs/Matrix/quickstart.yaml --jobs 2 --output $(OUTPUT)
 	@$(BIN)/python tools/compare.py report --runs $(OUTPUT) --baseline BN --output $(OUTPUT)/report
 
 test: setup

@@ -121,6 +121,7 @@ def test_norms_get_the_configured_pseudo_count():
 
 def test_all_configs_of_the_repository_load():
     paths = sorted((tiny.ROOT / "configs").rglob("*.yaml"))
+    paths = [p for p in paths if p.parent.name != "Matrix"]  # not configs, but lists of them
     assert len(paths) >= 12
     for path in paths:
         load_config(str(path))

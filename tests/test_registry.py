@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import tiny
+import torch
 from detectron2.config import LazyCall, instantiate
 from detectron2.layers import BatchNorm2d, FrozenBatchNorm2d, NaiveSyncBatchNorm, ShapeSpec
 from detectron2.layers import get_norm as exported_get_norm
@@ -102,7 +103,22 @@ def test_registering_again_changes_nothing():
     assert type(get_norm("RefBN", 3)) is RefBatchNorm2d
 
 
-@pytest.mark.parametrize("name, kind", registry.NORMS.items())
+CLASSES = {name: kind for name, kind in registry.NORMS.items() if isinstance(kind, type)}
+
+
+def test_gn8_is_group_norm_of_8_groups():
+    norm = get_norm("GN8", 16)
+    assert type(norm) is nn.GroupNorm and (norm.num_groups, norm.num_channels) == (8, 16)
+
+
+def test_ln_normalizes_over_the_channels_of_each_pixel():
+    x = torch.randn(2, 5, 3, 4)
+    y = get_norm("LN", 5)(x)
+    expected = (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("name, kind", CLASSES.items())
 def test_every_name_gives_its_module(name, kind):
     norm = get_norm(name, 5)
     assert type(norm) is kind and norm.num_features == 5

@@ -23,7 +23,7 @@ from refbn_d2.evaluation.inputs import IOU_TYPES  # noqa: E402
 
 def add_run(commands) -> None:
     parser = commands.add_parser("run", help="train and evaluate what a matrix file lists")
-    parser.add_argument("matrix", help="YAML; see configs/Quick/quickstart.yaml")
+    parser.add_argument("matrix", help="YAML; see configs/Matrix/quickstart.yaml")
     parser.add_argument("--output", type=Path, required=True, help="folder of the run folders")
     parser.add_argument("--num-gpus", type=int, default=0, help="of each run; 0 for the CPU")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, sharing the cores")

@@ -148,6 +148,7 @@ def run_folders(tmp_path, content, gt_file):
         results = generated.detections(content, found, seed=n)
         (folder / "inference/coco_instances_results.json").write_text(json.dumps(results))
         lines = [{"iteration": i, "total_loss": 3 - i / 50} for i in range(0, 100, 20)]
+        lines.append({"iteration": 49, "bbox/AP": 8.0})
         lines.append({"iteration": 99, "bbox/AP": 12.0, "segm/AP": float("nan")})
         log = "".join(json.dumps(line) + "\n" for line in lines)
         (folder / "metrics.json").write_text(log + '{"iterat')

@@ -1,0 +1,107 @@
+"""Running a matrix: what its cells are, what is skipped, resumed, and survived."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import tiny
+import yaml
+
+from refbn_d2.config import load_config
+from refbn_d2.engine.matrix import load_matrix
+from refbn_d2.errors import UserError
+
+QUICK = tiny.ROOT / "configs/Quick"
+DETECTOR = str(QUICK / "mask_rcnn_R_50_C4_quick_{norm}.yaml")
+
+
+def _matrix(folder, **content):
+    path = folder / "matrix.yaml"
+    path.write_text(yaml.safe_dump({"DETECTOR": DETECTOR, "NORMS": ["BN", "RefBN"], **content}))
+    return str(path)
+
+
+def test_cells_are_the_product_of_the_axes(tmp_path):
+    cells = load_matrix(
+        _matrix(tmp_path, SEEDS=[1, 2], IMS_PER_BATCH=[2, 4, 8], GROUPING_STRENGTH=[0.0, 1.0])
+    )
+    axes = {(c.norm, c.seed, c.ims_per_batch, c.grouping) for c in cells}
+    assert len(cells) == len(axes) == 2 * 2 * 3 * 2
+    assert len({c.folder for c in cells}) == len(cells)
+
+
+@pytest.mark.parametrize("images", [1, 2, 4, 8])
+def test_every_run_sees_the_same_number_of_images(tmp_path, images):
+    (cell,) = load_matrix(_matrix(tmp_path, NORMS=["BN"], IMS_PER_BATCH=[images]))
+    solver = load_config(cell.config, cell.detector_opts()).SOLVER
+    base = load_config(cell.config).SOLVER
+    assert solver.IMS_PER_BATCH == images
+    assert solver.IMS_PER_BATCH * solver.MAX_ITER == base.IMS_PER_BATCH * base.MAX_ITER
+    assert solver.BASE_LR / images == pytest.approx(base.BASE_LR / base.IMS_PER_BATCH)
+
+
+def test_an_entry_can_have_a_name_other_weights_and_options(tmp_path):
+    entry = {
+        "name": "frozen, 3 steps",
+        "norm": "FrozenBN",
+        "pretrained": "BN",
+        "opts": ["SOLVER.MAX_ITER", 3],
+    }
+    classifier = str(QUICK / "classifier_{norm}.yaml")
+    (cell,) = load_matrix(_matrix(tmp_path, NORMS=[entry], CLASSIFIER=classifier))
+    cfg = load_config(cell.config, cell.detector_opts())
+    assert cfg.MODEL.RESNETS.NORM == "FrozenBN" and cfg.SOLVER.MAX_ITER == 3
+    assert cell.classifier.endswith("classifier_bn.yaml")
+    assert cell.name == "frozen, 3 steps" and " " not in str(cell.folder)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"NORMS": ["Nonsense"]}, "nonsense.yaml does not exist"),
+        ({"NORM": ["BN"]}, "may have"),
+        ({"NORMS": ["BN", "BN"]}, "same name"),
+    ],
+)
+def test_a_mistake_in_the_matrix(tmp_path, content, message):
+    with pytest.raises(UserError, match=message):
+        load_matrix(_matrix(tmp_path, **content))
+
+
+def test_a_missing_or_malformed_matrix(tmp_path):
+    with pytest.raises(UserError, match="none.yaml"):
+        load_matrix(str(tmp_path / "none.yaml"))
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    with pytest.raises(UserError, match="not YAML"):
+        load_matrix(str(tmp_path / "bad.yaml"))
+
+
+def test_run_skips_what_is_finished_and_survives_what_fails(tmp_path):
+    """One cell works, one has an impossible option; the second call has nothing left but that."""
+    small = ["SOLVER.MAX_ITER", 2, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 8]
+    small += ["INPUT.MIN_SIZE_TRAIN", "(32,)", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 4]
+    small += ["TEST.DETECTIONS_PER_IMAGE", 1, "INPUT.MIN_SIZE_TEST", 32]
+    norms = [
+        {"name": "works", "norm": "RefBN"},
+        {"name": "fails", "norm": "RefBN", "opts": ["MODEL.WEIGHTS", "no/such/file.pth"]},
+    ]
+    matrix = _matrix(tmp_path, NORMS=norms, OPTS=small)
+    output = tmp_path / "out"
+    command = [sys.executable, str(tiny.ROOT / "tools/compare.py"), "run", matrix]
+    command += ["--output", str(output), "--jobs", "2"]
+
+    def run():
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+
+    first = run()
+    assert first.returncode == 1 and "1 of 2 runs did not finish" in first.stderr
+    records = {p.parent.parent.parent.name: p for p in output.rglob("run.json")}
+    works = json.loads(records["works"].read_text())
+    fails = json.loads(records["fails"].read_text())
+    assert works["status"] == "finished" and works["norm"] == "RefBN" and works["seed"] == 1
+    assert fails["status"] == "failed" and "no/such/file.pth" in fails["error"]
+    results = records["works"].parent / "inference/coco_instances_results.json"
+    before = results.stat().st_mtime_ns
+    assert run().returncode == 1
+    assert results.stat().st_mtime_ns == before
