@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 # detectron2 meets it on import; it is nothing that a user of this command can act on.
@@ -63,6 +64,7 @@ def add_report(commands) -> None:
 
 def report(args: argparse.Namespace) -> None:
     from refbn_d2.evaluation.comparison import compare
+    from refbn_d2.evaluation.markdown import markdown
     from refbn_d2.evaluation.report import check_output, write_report
     from refbn_d2.evaluation.runs import common_ground_truth, find_runs, named_results
 
@@ -90,6 +92,8 @@ def report(args: argparse.Namespace) -> None:
         comparison = compare(runs, gt, iou_types, args.baseline, args.resamples, args.seed, advance)
         progress.update(task, description="writing")
         files = write_report(comparison, args.output, args.images)
+    # The page begins with the verdicts and the table.
+    Console().print(Markdown(markdown(comparison).split("\n## ")[0]))
     print("\n".join(map(str, files)))
 
 
