@@ -23,7 +23,7 @@ def test_every_norm_is_measured_against_batch_norm():
 def test_refbn_keeps_no_more_for_backward_than_batch_norm():
     times = _times(RefBN=RefBatchNorm2d, plain=PlainRefBatchNorm2d)
     x = 2 * 8 * 40 * 50 * 4
-    assert x <= times["BN"]["bytes_kept"] <= times["RefBN"]["bytes_kept"]
+    assert min(t["bytes_kept"] for t in times.values()) >= x
     assert times["RefBN"]["bytes_kept"] <= 1.01 * times["BN"]["bytes_kept"]
     assert times["plain"]["bytes_kept"] >= 2 * x
 
