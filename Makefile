@@ -13,7 +13,7 @@ setup: $(VENV)/.complete
 
 # The marker comes last, so an interrupted set-up runs again; each step skips what is done.
 $(VENV)/.complete: requirements.txt setup.py tools/setup_detectron2.py
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "installing requirements into $(VENV) (the first time about 3 GB)"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements.txt
 	@$(BIN)/python tools/setup_detectron2.py

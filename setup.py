@@ -31,8 +31,6 @@ setup(
         "jinja2",
         "matplotlib",
         "rich",
-        "jinja2",
-        "scipy",
         "tqdm",
         "setuptools<81",  # detectron2 imports pkg_resources
     ],

@@ -43,9 +43,15 @@ except ModuleNotFoundError as e:
 
 else:
     from . import data, registry  # noqa: F401
-    from .config import add_refbn_config
+    from .config import add_refbn_config, apply_norm_config
     from .norms import RefBatchNorm2d, convert_norm
     from .reference import capture_reference
 
     registry.register()
-    __all__ = ["RefBatchNorm2d", "add_refbn_config", "capture_reference", "convert_norm"]
+    __all__ = [
+        "RefBatchNorm2d",
+        "add_refbn_config",
+        "apply_norm_config",
+        "capture_reference",
+        "convert_norm",
+    ]

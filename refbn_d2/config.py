@@ -11,19 +11,17 @@ from detectron2.config import get_cfg
 from torch import nn
 
 from .errors import UserError
-from .norms import RefBatchNorm2d
+from .norms import BatchRenorm2d, RefBatchNorm2d
 
-__all__ = [
-    "add_classification_config",
-    "add_data_config",
-    "add_refbn_config",
-    "apply_norm_config",
-    "load_config",
-]
+__all__ = ["add_refbn_config", "apply_norm_config", "load_config"]
 
 
 def add_refbn_config(cfg: CN) -> None:
-    """Adds the keys of RefBN to a detectron2 config. MODEL.RESNETS.NORM "RefBN" turns it on."""
+    """Adds the keys of this package to a detectron2 config. NORM "RefBN" turns RefBN on.
+
+    A norm is built without seeing the config: MODEL.REFBN reaches it through
+    ``refbn_d2.engine.Trainer``, or :func:`apply_norm_config` in a trainer of your own.
+    """
     _C = cfg
     _C.MODEL.REFBN = CN()
     # Weight of the reference in samples: lambda1 = k / (N + k). The paper's is 1; 0 is BatchNorm.
@@ -39,24 +37,16 @@ def add_refbn_config(cfg: CN) -> None:
     # 0 never does (the paper's text), 1 is the literal reading of its Algorithm 2.
     _C.MODEL.REFBN.REFERENCE.REFRESH_PERIOD = 0
 
-
-def add_evaluation_config(cfg: CN) -> None:
-    """Adds the keys of the evaluation."""
-    # What computes AP: "hotcoco" (seconds) or "pycocotools" (minutes on COCO val), same numbers.
-    cfg.TEST.COCO_BACKEND = "hotcoco"
-
-
-def add_data_config(cfg: CN) -> None:
-    """Adds the keys of the sampler whose batches are not i.i.d."""
     # For SAMPLER_TRAIN "GroupedTrainingSampler": the share of a batch that comes from one group
     # (style or main category), 0 (i.i.d.) to 1.
-    cfg.DATALOADER.GROUPING_STRENGTH = 0.0
+    _C.DATALOADER.GROUPING_STRENGTH = 0.0
 
+    # What computes AP: "hotcoco" (seconds) or "pycocotools" (minutes on COCO val), same numbers.
+    _C.TEST.COCO_BACKEND = "hotcoco"
 
-def add_classification_config(cfg: CN) -> None:
-    """Adds the keys of the ImageClassifier meta-architecture."""
-    cfg.MODEL.CLASSIFIER = CN()
-    cfg.MODEL.CLASSIFIER.NUM_CLASSES = 1000
+    # Of the meta-architecture ImageClassifier.
+    _C.MODEL.CLASSIFIER = CN()
+    _C.MODEL.CLASSIFIER.NUM_CLASSES = 1000
 
 
 def load_config(path: str, opts: Optional[List[str]] = None) -> CN:
@@ -70,9 +60,6 @@ def load_config(path: str, opts: Optional[List[str]] = None) -> CN:
     """
     cfg = get_cfg()
     add_refbn_config(cfg)
-    add_data_config(cfg)
-    add_evaluation_config(cfg)
-    add_classification_config(cfg)
     where = path
     try:
         if path:
@@ -94,6 +81,8 @@ def load_config(path: str, opts: Optional[List[str]] = None) -> CN:
 
 def _explained(cfg: CN, message: str) -> str:
     """The message of yacs, with the likeliest key in place of an unknown one."""
+    if "<class 'float'> vs. <class 'int'>" in message:
+        return f"{message}; write the number with a decimal point"
     found = re.search(r"Non-existent (?:config )?key: ([\w.]+)", message)
     if not found:
         return message
@@ -129,8 +118,11 @@ def _check(cfg: CN) -> None:
 
 
 def apply_norm_config(model: nn.Module, cfg: CN) -> nn.Module:
-    """Gives the norms of ``model`` what MODEL.REFBN says (get_norm does not see the config)."""
+    """Gives the norms of ``model`` what the config says about them; get_norm does not see it."""
     for m in model.modules():
         if isinstance(m, RefBatchNorm2d):
             m.pseudo_count = float(cfg.MODEL.REFBN.PSEUDO_COUNT)
+        if isinstance(m, BatchRenorm2d):
+            # r and d reach their bounds where they do in the paper: after a third of its training.
+            m.schedule_steps = max(1, cfg.SOLVER.MAX_ITER // 3)
     return model

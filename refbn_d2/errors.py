@@ -6,7 +6,7 @@ import re
 import sys
 from typing import Callable
 
-__all__ = ["UserError", "one_line_errors"]
+__all__ = ["UserError", "one_line_errors", "quiet_user_errors"]
 
 
 class UserError(Exception):
@@ -25,15 +25,16 @@ class _NoTraceback(logging.Filter):
 
 def _user_message(error: BaseException):
     """The line to show if ``error`` is a user's mistake, also one of a worker process; or None."""
-    if isinstance(error, UserError):
-        text = str(error)
-    else:
-        text = str(error) if UserError.__name__ in str(error) else ""
     # Worker processes (data loader, launch) put the remote traceback into the message.
-    remote = re.findall(r"^(?:refbn_d2\.errors\.)?UserError: (.*)$", text, flags=re.MULTILINE)
+    remote = re.findall(r"^(?:refbn_d2[\w.]*)?\bU\w+Error: (.*)$", str(error), flags=re.MULTILINE)
     if remote:
         return remote[-1]
-    return " ".join(text.split()) if isinstance(error, UserError) else None
+    return " ".join(str(error).split()) if isinstance(error, UserError) else None
+
+
+def quiet_user_errors() -> None:
+    """Keeps detectron2's training loop from logging the traceback of a user's mistake."""
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_NoTraceback())
 
 
 def one_line_errors(main: Callable) -> Callable:
@@ -41,7 +42,7 @@ def one_line_errors(main: Callable) -> Callable:
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
-        logging.getLogger("detectron2.engine.train_loop").addFilter(_NoTraceback())
+        quiet_user_errors()
         try:
             return main(*args, **kwargs)
         except Exception as e:

@@ -102,7 +102,7 @@ def capture_reference(
     height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
     # Fewer images than processes: the rest receive the result.
     num_active = min(len(batch), world_size)
-    group = dist.new_group(list(range(num_active))) if world_size > 1 else None
+    group = dist.new_group(list(range(num_active))) if num_active < world_size else None
 
     def gather(part: Tensor) -> List[Tensor]:
         parts = [torch.empty_like(part) for _ in range(num_active)]
@@ -115,6 +115,8 @@ def capture_reference(
             # R-CNNs log statistics of each pass, and must be able to; this one is no training step.
             with EventStorage(), capture(model, gather if world_size > 1 else None) as taken:
                 model(batch[rank::num_active])
+    if group is not None and rank < num_active:
+        dist.destroy_process_group(group)
     if world_size > 1:
         taken = _broadcast(layers, taken)
     missed = sorted(set(layers) - {name for name, _ in taken})

@@ -32,7 +32,8 @@ def add_run(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from refbn_d2.engine.matrix import load_matrix, run_matrix
+    from refbn_d2.engine.matrix import load_matrix
+    from refbn_d2.engine.matrix_runner import run_matrix
 
     if args.jobs < 1:
         raise UserError(f"--jobs {args.jobs}: use at least 1")

@@ -153,7 +153,7 @@ def main() -> None:
     if not installed():
         sys.exit("detectron2: installed, but cannot be imported; delete .venv and try again")
     print(
-        "detectron2: official source not reachable, installed release 0.6 from PyPI as pure "
+        "detectron2: official source not available, installed release 0.6 from PyPI as pure "
         "Python; it lacks rotated boxes, deformable convolution and the C++ COCOeval"
     )
 

@@ -1,10 +1,14 @@
 """A classifier's weights as the start of a detector."""
 
+import os
 from typing import Dict
 
+import torch
 from torch import Tensor
 
-__all__ = ["detector_weights"]
+from ..errors import UserError
+
+__all__ = ["convert", "detector_weights"]
 
 
 def detector_weights(classifier: Dict[str, Tensor]) -> Dict[str, Tensor]:
@@ -20,3 +24,29 @@ def detector_weights(classifier: Dict[str, Tensor]) -> Dict[str, Tensor]:
         elif name.startswith("backbone."):
             weights[name] = value
     return weights
+
+
+def convert(source: str, target: str) -> int:
+    """Writes the detector's weights of a classifier's checkpoint.
+
+    Args:
+        source: checkpoint of tools/train_classifier.py; read without running code from it.
+        target: .pth file to write, for MODEL.WEIGHTS.
+
+    Returns:
+        Number of tensors.
+
+    Raises:
+        UserError: ``source`` cannot be read, or has no backbone.
+    """
+    try:
+        checkpoint = torch.load(source, map_location="cpu", weights_only=True)
+    except Exception as e:  # whatever a damaged file may raise
+        reason = str(e).splitlines()[0]
+        raise UserError(f"{source}: not a checkpoint that can be read safely: {reason}") from None
+    weights = detector_weights(checkpoint.get("model", {}))
+    if not weights:
+        raise UserError(f"{source}: no weights of a classifier's backbone in it")
+    torch.save({"model": weights}, target + ".partial")
+    os.replace(target + ".partial", target)
+    return len(weights)

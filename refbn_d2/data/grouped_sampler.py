@@ -32,7 +32,7 @@ class GroupedTrainingSampler(Sampler):
     In every epoch a fraction ``strength`` of the images, chosen anew, is sorted by group, the
     others stay shuffled in between. The result is cut into batches and the batches are shuffled. So
     about ``strength`` of a batch shares a group, and nothing ties a batch to the next: strength 0
-    is detectron2's TrainingSampler, 1 gives batches of one group each, and a batch of one image
+    is i.i.d. as TrainingSampler, 1 gives batches of one group each, and a batch of one image
     knows no difference. What does not fill a batch is left out of its epoch.
 
     Args:

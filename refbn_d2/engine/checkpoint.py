@@ -23,8 +23,8 @@ class Checkpointer(DetectionCheckpointer):
     """
 
     def load(self, path: str, checkpointables=None) -> Dict[str, Any]:
-        local = path and "://" not in path and not os.path.isfile(path)
-        if local:
+        # Upstream takes options behind a question mark.
+        if path and "://" not in path and not os.path.isfile(path.split("?")[0]):
             raise UserError(f"weights {path!r}: no such file (MODEL.WEIGHTS)")
         self._path = path
         return super().load(path, checkpointables)

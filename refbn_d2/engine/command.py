@@ -6,13 +6,14 @@ from detectron2.engine import default_argument_parser, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
-from ..errors import one_line_errors
+from ..errors import one_line_errors, quiet_user_errors
 from .trainer import Trainer, setup
 
 __all__ = ["train_command"]
 
 
 def _run(args, trainer_class: Type[Trainer]):
+    quiet_user_errors()  # this may be a process of its own
     cfg = setup(args)
     if args.eval_only:
         model = trainer_class.build_model(cfg)

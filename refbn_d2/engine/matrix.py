@@ -1,28 +1,19 @@
-"""Running a matrix of experiments: norms x seeds x images per batch x grouping of batches."""
+"""A matrix of experiments: norms x seeds x images per batch x grouping of batches."""
 
+import hashlib
 import itertools
-import json
-import os
 import re
-import subprocess
-import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import yaml
-from detectron2.data import MetadataCatalog
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..config import load_config
 from ..errors import UserError
 
-__all__ = ["Cell", "load_matrix", "run_matrix"]
+__all__ = ["Cell", "load_matrix"]
 
-TOOLS = Path(__file__).parents[2] / "tools"
 _KEYS = {"DETECTOR", "CLASSIFIER", "NORMS", "SEEDS", "IMS_PER_BATCH", "GROUPING_STRENGTH", "OPTS"}
 
 
@@ -70,17 +61,35 @@ class Cell:
         Another batch size than the config's scales the learning rate in proportion and the schedule
         inversely, as SOLVER.REFERENCE_WORLD_SIZE does: every run sees the same number of images.
         """
-        solver = load_config(self.config, list(self.opts)).SOLVER
+        cfg = load_config(self.config, list(self.opts))
+        solver = cfg.SOLVER
         scale = self.ims_per_batch / solver.IMS_PER_BATCH
         opts = ["SEED", self.seed, "SOLVER.IMS_PER_BATCH", self.ims_per_batch]
         opts += ["SOLVER.BASE_LR", solver.BASE_LR * scale]
         for key in ("MAX_ITER", "WARMUP_ITERS", "CHECKPOINT_PERIOD"):
             opts += [f"SOLVER.{key}", max(1, round(solver[key] / scale))]
+        opts += ["TEST.EVAL_PERIOD", round(cfg.TEST.EVAL_PERIOD / scale)]
         opts += ["SOLVER.STEPS", tuple(round(s / scale) for s in solver.STEPS)]
         if self.grouping > 0:
             opts += ["DATALOADER.SAMPLER_TRAIN", "GroupedTrainingSampler"]
             opts += ["DATALOADER.GROUPING_STRENGTH", self.grouping]
         return [*self.opts, *map(str, opts)]
+
+    def classifier_opts(self) -> List[str]:
+        """KEY VALUE pairs for the classifier's config."""
+        return ["SEED", str(self.seed)]
+
+    def settings(self) -> Dict[str, Optional[str]]:
+        """Hashes of what decides the result besides the code: both configs, bases included."""
+        pretraining = self.classifier and _fingerprint(self.classifier, self.classifier_opts())
+        return {
+            "detector": _fingerprint(self.config, self.detector_opts()),
+            "pretraining": pretraining,
+        }
+
+
+def _fingerprint(config: str, opts: List[str]) -> str:
+    return hashlib.sha256(load_config(config, opts).dump().encode()).hexdigest()[:16]
 
 
 def load_matrix(path: str) -> List[Cell]:
@@ -105,11 +114,36 @@ def load_matrix(path: str) -> List[Cell]:
         if not isinstance(part, dict) or not {"DETECTOR", "NORMS"} <= set(part) <= _KEYS:
             keys = ", ".join(sorted(_KEYS))
             raise UserError(f"matrix {path}: needs DETECTOR and NORMS, and may have {keys}")
+        _check_part(path, part)
         cells += _cells(path, part)
     folders = [c.folder for c in cells]
     if len(set(folders)) < len(folders):
         raise UserError(f"matrix {path}: two runs have the same name, seed, batch and grouping")
     return cells
+
+
+_AXES = {"SEEDS": int, "IMS_PER_BATCH": int, "GROUPING_STRENGTH": (int, float)}
+
+
+def _check_part(path: str, part: Dict[str, Any]) -> None:
+    """Raises a UserError that names the key whose value has another form than it must have."""
+    for key, kind in _AXES.items():
+        values = part.get(key, [])
+        if not isinstance(values, list) or not all(isinstance(v, kind) for v in values):
+            raise UserError(f"matrix {path}: {key} is {values!r}: use a list of numbers")
+    entries = part["NORMS"]
+    for entry in entries if isinstance(entries, list) else [None]:
+        if not isinstance(entry, str) and not (isinstance(entry, dict) and "norm" in entry):
+            raise UserError(
+                f"matrix {path}: NORMS is {entries!r}: use a list of norm types or of "
+                "{name, norm, pretrained, opts}"
+            )
+    for opts in [
+        part.get("OPTS", []),
+        *(e.get("opts", []) for e in entries if isinstance(e, dict)),
+    ]:
+        if not isinstance(opts, list):
+            raise UserError(f"matrix {path}: options are {opts!r}: use a list [KEY, VALUE, ...]")
 
 
 def _cells(path: str, matrix: Dict[str, Any]) -> List[Cell]:
@@ -148,179 +182,3 @@ def _cells(path: str, matrix: Dict[str, Any]) -> List[Cell]:
             )
         )
     return cells
-
-
-class _Failed(Exception):
-    """A command of a cell failed; the message is the last line it printed."""
-
-
-class _Runner:
-    def __init__(self, output: Path, num_gpus: int, jobs: int, progress: Progress):
-        self._output, self._num_gpus, self._progress = output, num_gpus, progress
-        threads = max(1, (os.cpu_count() or 1) // jobs)
-        self._env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        self._children: List[subprocess.Popen] = []
-        self._stop = threading.Event()
-
-    def stop(self) -> None:
-        self._stop.set()
-        for child in self._children:
-            if child.poll() is None:
-                child.terminate()
-
-    def _command(self, log: Path, tool: str, *args: str, watch: Optional[Path] = None, task=None):
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "a") as f:
-            child = subprocess.Popen(
-                [sys.executable, str(TOOLS / tool), *args],
-                stdout=f,
-                stderr=subprocess.STDOUT,
-                env=self._env,
-            )
-            self._children.append(child)
-            while True:
-                try:
-                    status = child.wait(timeout=1)
-                    break
-                except subprocess.TimeoutExpired:
-                    if watch is not None:
-                        self._progress.update(task, completed=_last_iteration(watch))
-        if status != 0:
-            lines = log.read_text(errors="replace").strip().splitlines()
-            raise _Failed(f"{lines[-1] if lines else 'no output'} (see {log})")
-
-    def _train(self, tool: str, config: str, folder: Path, opts: List[str], label: str) -> None:
-        device = [] if self._num_gpus else ["MODEL.DEVICE", "cpu"]
-        max_iter = load_config(config, opts).SOLVER.MAX_ITER
-        task = self._progress.add_task(label, total=max_iter)
-        try:
-            self._command(
-                folder / "log.txt",
-                tool,
-                *("--config-file", config, "--num-gpus", str(self._num_gpus), "--resume"),
-                *("OUTPUT_DIR", str(folder), *device, *opts),
-                watch=folder / "metrics.json",
-                task=task,
-            )
-        finally:
-            self._progress.remove_task(task)
-
-    def pretrain(self, cell: Cell) -> None:
-        folder = self._output / cell.classifier_folder
-        weights = folder / "backbone.pth"
-        if self._stop.is_set() or weights.exists():
-            return
-        label = f"pretraining {cell.pretrained}, seed {cell.seed}"
-        self._train("train_classifier.py", cell.classifier, folder, ["SEED", str(cell.seed)], label)
-        final = str(folder / "model_final.pth")
-        self._command(folder / "log.txt", "convert_backbone.py", final, str(weights))
-
-    def detect(self, cell: Cell, pretraining_error: Optional[str]) -> Dict[str, Any]:
-        folder = self._output / cell.folder
-        opts = cell.detector_opts()
-        if cell.classifier:
-            weights = self._output / cell.classifier_folder / "backbone.pth"
-            opts += ["MODEL.WEIGHTS", str(weights)]
-        record = _record(cell, opts)
-        file = folder / "run.json"
-        if file.exists():
-            before = json.loads(file.read_text())
-            if before.get("settings") != record["settings"]:
-                raise UserError(
-                    f"{folder} holds a run with other settings: choose another --output"
-                )
-            if before["status"] == "finished":
-                return before
-        if self._stop.is_set():
-            return {**record, "status": "interrupted"}
-        _write(file, {**record, "status": "running"})
-        try:
-            if pretraining_error:
-                raise _Failed(pretraining_error)
-            label = f"{cell.name}, batch {cell.ims_per_batch}, grouping {cell.grouping:g}"
-            self._train("train_net.py", cell.config, folder, opts, f"{label}, seed {cell.seed}")
-            record["status"] = "finished"
-        except _Failed as e:
-            record.update(status="interrupted" if self._stop.is_set() else "failed", error=str(e))
-        _write(file, record)
-        return record
-
-
-def _last_iteration(metrics: Path) -> int:
-    try:
-        last = metrics.read_text().strip().splitlines()[-1]
-        return json.loads(last)["iteration"]
-    except (OSError, IndexError, KeyError, json.JSONDecodeError):  # not there yet, or half a line
-        return 0
-
-
-def _record(cell: Cell, opts: List[str]) -> Dict[str, Any]:
-    cfg = load_config(cell.config, opts)
-    metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
-    return {
-        "name": cell.name,
-        "norm": cell.norm,
-        "seed": cell.seed,
-        "ims_per_batch": cell.ims_per_batch,
-        "grouping": cell.grouping,
-        "gt": metadata.json_file,
-        "image_root": metadata.image_root,
-        "settings": {**asdict(cell), "opts": opts},
-    }
-
-
-def _write(path: Path, record: Dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1))
-    os.replace(partial, path)
-
-
-def run_matrix(cells: List[Cell], output: Path, num_gpus: int, jobs: int) -> List[Dict[str, Any]]:
-    """Runs what is not finished yet, ``jobs`` runs at a time, each in a process of its own.
-
-    Interrupted, it can be called again and goes on: finished cells are skipped, started ones
-    resume from their last checkpoint. A cell that fails is recorded as failed, the others go on.
-
-    Args:
-        cells: see :func:`load_matrix`.
-        output: folder; each cell has one of its own below it, with a ``run.json``.
-        num_gpus: per run; 0 for the CPU.
-        jobs: runs at a time, which share the cores.
-
-    Returns:
-        The record of each cell, as in its ``run.json``.
-    """
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-    )
-    with Progress(*columns, console=console) as progress, ThreadPoolExecutor(jobs) as pool:
-        runner = _Runner(output, num_gpus, jobs, progress)
-        stages = {c.classifier_folder: c for c in cells if c.classifier}
-        overall = progress.add_task("all runs", total=len(cells) + len(stages))
-
-        def pretrain(cell: Cell) -> Optional[str]:
-            try:
-                runner.pretrain(cell)
-            except _Failed as e:
-                return f"pretraining failed: {e}"
-            finally:
-                progress.advance(overall)
-            return None
-
-        def detect(cell: Cell, error: Optional[str]) -> Dict[str, Any]:
-            record = runner.detect(cell, error)
-            progress.advance(overall)
-            console.print(f"{record['status']}: {cell.folder} {record.get('error', '')}")
-            return record
-
-        try:
-            errors = dict(zip(stages, pool.map(pretrain, stages.values())))
-            return list(pool.map(detect, cells, [errors.get(c.classifier_folder) for c in cells]))
-        except BaseException:
-            runner.stop()
-            raise

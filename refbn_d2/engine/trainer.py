@@ -8,6 +8,7 @@ from typing import Any, Dict, List
 import yaml
 from detectron2.config import CfgNode
 from detectron2.data import (
+    DatasetCatalog,
     DatasetMapper,
     MetadataCatalog,
     build_detection_test_loader,
@@ -85,12 +86,25 @@ class Trainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode):
         super().__init__(cfg)
+        self._check_evaluation(cfg)
         self.checkpointer = self.build_checkpointer(
             cfg, self._trainer.model, trainer=weakref.proxy(self)
         )
         for hook in self._hooks:
             if hasattr(hook, "checkpointer"):  # PeriodicCheckpointer holds the one it was made with
                 hook.checkpointer = self.checkpointer
+
+    def _check_evaluation(self, cfg: CfgNode) -> None:
+        """Raises before training what would else be raised after it."""
+        for name in cfg.DATASETS.TEST:
+            with dataset_errors([name]):
+                DatasetCatalog.get(name)
+                self.build_evaluator(cfg, name)
+        if cfg.TEST.PRECISE_BN.ENABLED and reference_layers(self.model):
+            raise UserError(
+                "TEST.PRECISE_BN.ENABLED: fvcore's PreciseBN is wrong for norms with a reference "
+                "(docs/refbn.md); turn it off"
+            )
 
     def state_dict(self) -> Dict[str, Any]:
         # Release 0.6 of detectron2 leaves out the optimizer; later ones do just this.

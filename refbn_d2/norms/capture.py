@@ -44,8 +44,9 @@ class Moments:
         if count > 0:
             part[0], part[1] = count, x.shape[0]
             part[2:] = torch.cat(batch_moments(x.detach()))
-        for other in [part] if self._gather is None else self._gather(part):
-            other_count, samples = other[:2].tolist()
+        parts = [part] if self._gather is None else self._gather(part)
+        sizes = torch.stack([p[:2] for p in parts]).tolist()  # waits for the device, once
+        for (other_count, samples), other in zip(sizes, parts):
             self.samples += int(samples)
             self._merge(int(other_count), *other[2:].split(num_channels))
 

@@ -121,7 +121,7 @@ class _MixedNorm(torch.autograd.Function):
         unit = torch.ones_like(mean)
         if x.numel() > 0:
             _, sum_g_xhat, sum_g = torch.ops.aten.native_batch_norm_backward(
-                g, x, unit, mean, var, None, None, False, ctx.eps, [False, True, True]
+                g, x, unit, mean, var, mean, invstd, False, ctx.eps, [False, True, True]
             )
         else:  # the kernel divides by the number of elements
             sum_g_xhat = sum_g = torch.zeros_like(mean)
@@ -137,9 +137,12 @@ class _MixedNorm(torch.autograd.Function):
             scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
             slope = scale * invstd * total_g_xhat * ctx.share
             offset = scale * total_g * ctx.share
-            # -slope (x - mu_B) - offset in one pass, + scale g in another.
-            grad_x = F.batch_norm(x, batch_mean, unit, -slope, -offset, training=False, eps=0.0)
-            grad_x.addcmul_(g, _per_channel(scale).to(g.dtype))
+            # -slope (x - mu_B) - offset in one pass, + scale g in another. In bfloat16 the terms
+            # would be rounded one by one, and mean(g) would no longer cancel.
+            wide = x.to(mean.dtype)
+            grad_x = F.batch_norm(wide, batch_mean, unit, -slope, -offset, training=False, eps=0.0)
+            grad_x.addcmul_(g.to(mean.dtype), _per_channel(scale))
+            grad_x = grad_x.to(x.dtype)
         if ctx.needs_input_grad[1]:
             grad_weight = sum_g_xhat.to(weight.dtype)
         if ctx.needs_input_grad[2]:

@@ -62,6 +62,11 @@ def test_an_entry_can_have_a_name_other_weights_and_options(tmp_path):
         ({"NORMS": ["Nonsense"]}, "nonsense.yaml does not exist"),
         ({"NORM": ["BN"]}, "may have"),
         ({"NORMS": ["BN", "BN"]}, "same name"),
+        ({"NORMS": "BN"}, "NORMS is 'BN'"),
+        ({"NORMS": [{"name": "a"}]}, "use a list of norm types"),
+        ({"SEEDS": 3}, "SEEDS is 3"),
+        ({"IMS_PER_BATCH": ["two"]}, "IMS_PER_BATCH"),
+        ({"OPTS": "SEED 3"}, "options are 'SEED 3'"),
     ],
 )
 def test_a_mistake_in_the_matrix(tmp_path, content, message):
@@ -105,3 +110,19 @@ def test_run_skips_what_is_finished_and_survives_what_fails(tmp_path):
     before = results.stat().st_mtime_ns
     assert run().returncode == 1
     assert results.stat().st_mtime_ns == before
+
+    _matrix(tmp_path, NORMS=norms, OPTS=[*small, "SOLVER.BASE_LR", 0.01])
+    third = run()
+    assert third.returncode == 1 and "a run of another config" in third.stderr
+    assert results.stat().st_mtime_ns == before
+
+
+def test_settings_notice_a_change_in_a_base(tmp_path):
+    base = tmp_path / "base.yaml"
+    base.write_text("SOLVER:\n  MAX_ITER: 10\n")
+    (tmp_path / "leaf_bn.yaml").write_text('_BASE_: "base.yaml"\n')
+    matrix = _matrix(tmp_path, NORMS=["BN"], DETECTOR="leaf_{norm}.yaml")
+    before = load_matrix(matrix)[0].settings()
+    assert load_matrix(matrix)[0].settings() == before
+    base.write_text("SOLVER:\n  MAX_ITER: 11\n")
+    assert load_matrix(matrix)[0].settings() != before

@@ -69,7 +69,7 @@ def test_moments_of_several_processes():
     parts = [torch.randn(n, 2, 3, 3) + n for n in (2, 0, 5)]
     sent = []
     for part in parts:
-        Moments(lambda t: sent.append(t.clone()) or []).add(part)
+        Moments(lambda t: sent.append(t.clone()) or [t]).add(part)
     gathered = []
     for part in parts:
         m = Moments(lambda t: sent)
