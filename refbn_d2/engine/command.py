@@ -19,6 +19,8 @@ def _run(args, trainer_class: Type[Trainer]):
         model = trainer_class.build_model(cfg)
         checkpointer = trainer_class.build_checkpointer(cfg, model)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        if cfg.TEST.PRECISE_BN.ENABLED:
+            trainer_class.recompute_statistics(cfg, model)
         results = trainer_class.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)

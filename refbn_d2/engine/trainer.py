@@ -16,6 +16,7 @@ from detectron2.data import (
     get_detection_dataset_dicts,
 )
 from detectron2.engine import DefaultTrainer, default_setup
+from detectron2.engine.hooks import PreciseBN
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch.utils.data import Dataset, RandomSampler, Sampler
@@ -30,6 +31,7 @@ from ..reference import reference_layers
 from ..rng import forked_rng
 from .checkpoint import Checkpointer
 from .hooks import ExactResume, ProgressBar, ReferenceHook
+from .statistics import StatisticsHook, recompute_statistics
 
 __all__ = ["Trainer", "setup"]
 
@@ -100,11 +102,6 @@ class Trainer(DefaultTrainer):
             with dataset_errors([name]):
                 DatasetCatalog.get(name)
                 self.build_evaluator(cfg, name)
-        if cfg.TEST.PRECISE_BN.ENABLED and reference_layers(self.model):
-            raise UserError(
-                "TEST.PRECISE_BN.ENABLED: fvcore's PreciseBN is wrong for norms with a reference "
-                "(docs/refbn.md); turn it off"
-            )
 
     def state_dict(self) -> Dict[str, Any]:
         # Release 0.6 of detectron2 leaves out the optimizer; later ones do just this.
@@ -230,8 +227,23 @@ class Trainer(DefaultTrainer):
             num_workers=0,
         )
 
+    @classmethod
+    def recompute_statistics(cls, cfg: CfgNode, model) -> None:
+        """Recomputes the inference statistics from TEST.PRECISE_BN.NUM_ITER training batches."""
+        loader = cls.build_train_loader(cfg)
+        count = recompute_statistics(model, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
+        logger.info("Recomputed the statistics of %d norms", count)
+
     def build_hooks(self):
-        hooks = super().build_hooks()
+        # detectron2's PreciseBN knows no mixed statistics and leaves each process with its own.
+        hooks = [
+            StatisticsHook(
+                self.cfg.TEST.EVAL_PERIOD, lambda: self.recompute_statistics(self.cfg, self.model)
+            )
+            if isinstance(h, PreciseBN)
+            else h
+            for h in super().build_hooks()
+        ]
         if isinstance(self._trainer.data_loader, TrainLoader):
             hooks.insert(0, ExactResume(self._trainer.data_loader))
         if reference_layers(self.model):
