@@ -3,9 +3,9 @@
 
     tools/inference_statistics.py output/study --name RefBN --output output/statistics
 
-Each run of that name is evaluated three times: as trained (moving averages of the mixed statistics),
-with mixed statistics recomputed from training batches (Algorithm 3), and with plain batch statistics.
-The results are run folders for `tools/compare.py report --runs`.
+Each run of that name is evaluated three times: as trained (moving averages of the mixed
+statistics), with mixed statistics recomputed from training batches (Algorithm 3), and with plain
+batch statistics. The results are run folders for `tools/compare.py report --runs`.
 """
 
 import argparse
