@@ -3,10 +3,12 @@
 import os
 import re
 from typing import Any, Dict
+from unittest import mock
 
-from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.checkpoint import DetectionCheckpointer, detection_checkpoint
 
 from ..errors import UserError
+from . import safe_pickle
 
 __all__ = ["Checkpointer"]
 
@@ -40,7 +42,9 @@ class Checkpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str):
         try:
-            return super()._load_file(filename)
+            # A plain unpickler runs whatever a .pkl asks it to. (torch.load does not, by default.)
+            with mock.patch.object(detection_checkpoint, "pickle", safe_pickle):
+                return super()._load_file(filename)
         except Exception as e:  # whatever unpickling a damaged file may raise
             reason = str(e).split(". ")[0] or type(e).__name__
             raise UserError(f"weights {filename!r} cannot be read: {reason}") from e
