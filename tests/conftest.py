@@ -13,6 +13,12 @@ import torch
 torch.set_num_threads(2)
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """A failure can be repeated: every test draws the same numbers each time."""
+    torch.manual_seed(0)
+
+
 def _real_data() -> Path:
     return Path(os.getenv("REFBN_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

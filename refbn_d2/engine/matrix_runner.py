@@ -51,7 +51,7 @@ class _Runner:
         settings = cell.settings()
         for file, keys in (
             (self._output / cell.folder / "run.json", ("detector", "pretraining")),
-            (self._output / cell.classifier_folder / "run.json", ("pretraining",)),
+            (self._output / cell.classifier_folder / "pretraining.json", ("pretraining",)),
         ):
             before = json.loads(file.read_text())["settings"] if file.exists() else settings
             if any(before.get(k) != settings[k] for k in keys):
@@ -102,7 +102,7 @@ class _Runner:
         weights = folder / "backbone.pth"
         if self._stop.is_set() or weights.exists():
             return
-        _write(folder / "run.json", {"settings": cell.settings()})
+        _write(folder / "pretraining.json", {"settings": cell.settings()})
         label = f"pretraining {cell.pretrained}, seed {cell.seed}"
         self._train(_TRAIN_CLASSIFIER, cell.classifier, folder, cell.classifier_opts(), label)
         self._command(folder, _CONVERT, str(folder / "model_final.pth"), str(weights))

@@ -16,7 +16,7 @@ __all__ = ["RefBatchNorm2d", "ReferenceNorm2d"]
 
 logger = logging.getLogger(__name__)
 
-_REFERENCE_KEYS = ("ref_mean", "ref_var", "ref_size", "ref_captured")
+_REFERENCE_KEYS = ("ref_mean", "ref_var", "ref_captured")
 
 
 class ReferenceNorm2d(nn.BatchNorm2d):
@@ -33,11 +33,13 @@ class ReferenceNorm2d(nn.BatchNorm2d):
     Buffers:
         ref_mean: (num_features,), mean of the reference batch (eq. 11).
         ref_var: (num_features,), its biased variance (eq. 12).
-        ref_size: int scalar, number of samples they come from; 0 where nobody said.
         ref_captured: bool scalar, whether the above have been taken.
+        ref_size: int scalar, number of samples they come from; 0 where nobody said. Part of the
+            state dict only of a norm that needs it.
     """
 
     _fallback_logged = False
+    _needs_size = False
 
     def __init__(
         self,
@@ -54,8 +56,8 @@ class ReferenceNorm2d(nn.BatchNorm2d):
         factory = {"device": device, "dtype": dtype}
         self.register_buffer("ref_mean", torch.zeros(num_features, **factory))
         self.register_buffer("ref_var", torch.ones(num_features, **factory))
-        self.register_buffer("ref_size", torch.tensor(0, device=device))
         self.register_buffer("ref_captured", torch.tensor(False, device=device))
+        self.register_buffer("ref_size", torch.tensor(0, device=device), self._needs_size)
         # A copy of ref_captured on the host: reading the buffer would wait for the GPU each step.
         self._has_reference = False
         # Set while norms.capture() runs.
@@ -166,7 +168,8 @@ class ReferenceNorm2d(nn.BatchNorm2d):
         self.set_reference(batch.mean, batch.var, batch.count, batch.samples)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        keys = [prefix + k for k in _REFERENCE_KEYS]
+        self.ref_size.zero_()  # of another reference, unless it is in the state dict
+        keys = [prefix + k for k in (*_REFERENCE_KEYS, *["ref_size"] * self._needs_size)]
         if not any(k in state_dict for k in keys):
             # A BatchNorm checkpoint. A reference held so far is that of other weights.
             self.drop_reference()

@@ -48,6 +48,8 @@ class VirtualBatchNorm2d(ReferenceNorm2d):
         affine, track_running_stats, device, dtype: as in nn.BatchNorm2d.
     """
 
+    _needs_size = True
+
     def check_reference(self, count: Optional[int], size: int) -> None:
         super().check_reference(count, size)
         if size < 1:

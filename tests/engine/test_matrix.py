@@ -11,6 +11,7 @@ import yaml
 from refbn_d2.config import load_config
 from refbn_d2.engine.matrix import load_matrix
 from refbn_d2.errors import UserError
+from refbn_d2.evaluation.runs import find_runs
 
 QUICK = tiny.ROOT / "configs/Quick"
 DETECTOR = str(QUICK / "mask_rcnn_R_50_C4_quick_{norm}.yaml")
@@ -89,9 +90,14 @@ def test_run_skips_what_is_finished_and_survives_what_fails(tmp_path):
     small += ["TEST.DETECTIONS_PER_IMAGE", 1, "INPUT.MIN_SIZE_TEST", 32]
     norms = [
         {"name": "works", "norm": "RefBN"},
-        {"name": "fails", "norm": "RefBN", "opts": ["MODEL.WEIGHTS", "no/such/file.pth"]},
+        {"name": "fails", "norm": "RefBN", "opts": ["DATASETS.TRAIN", "('no_such_set',)"]},
     ]
-    matrix = _matrix(tmp_path, NORMS=norms, OPTS=small)
+    classifier = tmp_path / "classifier_refbn.yaml"
+    classifier.write_text(
+        f'_BASE_: "{QUICK / "classifier_refbn.yaml"}"\n'
+        "SOLVER: {MAX_ITER: 1, IMS_PER_BATCH: 4}\nDATASETS: {TEST: ()}\n"
+    )
+    matrix = _matrix(tmp_path, NORMS=norms, OPTS=small, CLASSIFIER="classifier_{norm}.yaml")
     output = tmp_path / "out"
     command = [sys.executable, str(tiny.ROOT / "tools/compare.py"), "run", matrix]
     command += ["--output", str(output), "--jobs", "2"]
@@ -105,13 +111,17 @@ def test_run_skips_what_is_finished_and_survives_what_fails(tmp_path):
     works = json.loads(records["works"].read_text())
     fails = json.loads(records["fails"].read_text())
     assert works["status"] == "finished" and works["norm"] == "RefBN" and works["seed"] == 1
-    assert fails["status"] == "failed" and "no/such/file.pth" in fails["error"]
+    assert fails["status"] == "failed" and "no_such_set" in fails["error"]
     results = records["works"].parent / "inference/coco_instances_results.json"
     before = results.stat().st_mtime_ns
     assert run().returncode == 1
     assert results.stat().st_mtime_ns == before
 
-    _matrix(tmp_path, NORMS=norms, OPTS=[*small, "SOLVER.BASE_LR", 0.01])
+    runs = {run.name: run.error for run in find_runs(output)}
+    assert set(runs) == {"works", "fails"} and not runs["works"] and "no_such_set" in runs["fails"]
+
+    opts = [*small, "SOLVER.BASE_LR", 0.01]
+    _matrix(tmp_path, NORMS=norms, OPTS=opts, CLASSIFIER="classifier_{norm}.yaml")
     third = run()
     assert third.returncode == 1 and "a run of another config" in third.stderr
     assert results.stat().st_mtime_ns == before

@@ -19,7 +19,9 @@ PARAMETERS = ("weight", "bias", "mean_weight", "var_weight")
 @pytest.mark.parametrize("shape", [(3, 4, 5, 6), (1, 4, 3, 3), (3, 4, 1, 1), (1, 4, 1, 1)])
 def test_training_equals_the_equations(dtype, tol, shape):
     layer = SwitchableNorm2d(4).to(torch.promote_types(dtype, torch.float32))
-    oracle.check_module(layer, oracle.switchable, shape, dtype, tol, *PARAMETERS)
+    # Where statistics coincide (one sample, one pixel) the gradients of their weights cancel.
+    cancels = shape[0] == 1 or shape[2] == 1
+    oracle.check_module(layer, oracle.switchable, shape, dtype, tol, *PARAMETERS, cancels=cancels)
 
 
 @pytest.mark.parametrize("dtype, tol", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
