@@ -6,7 +6,6 @@ use disjoint samples.
 """
 
 import json
-import logging
 import os
 import shutil
 import tempfile
@@ -30,8 +29,6 @@ __all__ = [
     "register",
     "root",
 ]
-
-logger = logging.getLogger(__name__)
 
 IMAGE_SIZE = 128
 # name -> (scenes, seed). The sizes make one run a matter of minutes on one CPU core.
