@@ -7,13 +7,12 @@ from typing import Any, Callable, Dict, List, Optional
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
-from detectron2.utils.env import seed_all_rng
 from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
 from ..data.loader import TrainLoader
 from ..reference import capture_reference, reference_layers
-from ..rng import derived_seed
+from ..rng import derived_seed, seed_rng
 
 __all__ = ["ExactResume", "ProgressBar", "ReferenceHook"]
 
@@ -102,7 +101,7 @@ class ExactResume(HookBase):
 
     def before_step(self):
         # The loader's keys are shorter: no step repeats the random numbers of an image.
-        seed_all_rng(derived_seed(self._loader.seed, comm.get_rank(), self.trainer.iter, 0))
+        seed_rng(derived_seed(self._loader.seed, comm.get_rank(), self.trainer.iter, 0))
 
 
 class ProgressBar(HookBase):
