@@ -6,6 +6,7 @@ from typing import Dict
 import torch
 from torch import Tensor
 
+from ..engine.safe_pickle import load_torch
 from ..errors import UserError
 
 __all__ = ["convert", "detector_weights"]
@@ -40,12 +41,11 @@ def convert(source: str, target: str) -> int:
         UserError: ``source`` cannot be read, or has no backbone.
     """
     try:
-        checkpoint = torch.load(source, map_location="cpu", weights_only=True)
+        weights = detector_weights(load_torch(source).get("model", {}))
     except Exception as e:  # whatever a damaged file may raise
-        reason = str(e).splitlines()[0]
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise UserError(f"{source}: not a checkpoint that can be read safely: {reason}") from None
-    weights = detector_weights(checkpoint.get("model", {}))
-    if not weights:
+    if not all(isinstance(w, Tensor) for w in weights.values()) or not weights:
         raise UserError(f"{source}: no weights of a classifier's backbone in it")
     torch.save({"model": weights}, target + ".partial")
     os.replace(target + ".partial", target)

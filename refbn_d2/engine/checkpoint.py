@@ -5,6 +5,7 @@ import re
 from typing import Any, Dict
 from unittest import mock
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer, detection_checkpoint
 
 from ..errors import UserError
@@ -28,8 +29,17 @@ class Checkpointer(DetectionCheckpointer):
         # Upstream takes options behind a question mark.
         if path and "://" not in path and not os.path.isfile(path.split("?")[0]):
             raise UserError(f"weights {path!r}: no such file (MODEL.WEIGHTS)")
+        if "://" in (path or "") and ".." in path:
+            # Downloads are kept below a cache folder under the path that the address has.
+            raise UserError(f"weights {path!r}: an address must not contain '..' (MODEL.WEIGHTS)")
         self._path = path
-        return super().load(path, checkpointables)
+        try:
+            return super().load(path, checkpointables)
+        except UserError:
+            raise
+        except Exception as e:  # whatever reading and using a damaged file may raise
+            reason = (str(e).split(". ")[0].splitlines() or [type(e).__name__])[0]
+            raise UserError(f"weights {path!r} cannot be read: {reason}") from e
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         # Upstream empties the file first; a run killed in that moment could not resume.
@@ -41,13 +51,14 @@ class Checkpointer(DetectionCheckpointer):
         os.replace(path + ".partial", path)
 
     def _load_file(self, filename: str):
-        try:
-            # A plain unpickler runs whatever a .pkl asks it to. (torch.load does not, by default.)
-            with mock.patch.object(detection_checkpoint, "pickle", safe_pickle):
-                return super()._load_file(filename)
-        except Exception as e:  # whatever unpickling a damaged file may raise
-            reason = str(e).split(". ")[0] or type(e).__name__
-            raise UserError(f"weights {filename!r} cannot be read: {reason}") from e
+        # A plain unpickler runs whatever a file asks it to.
+        with mock.patch.object(detection_checkpoint, "pickle", safe_pickle):
+            with mock.patch.object(torch, "load", safe_pickle.load_torch):
+                content = super()._load_file(filename)
+        weights = content["model"]
+        if not isinstance(weights, dict) or not all(isinstance(k, str) for k in weights):
+            raise UserError(f"weights {filename!r}: no names and tensors in it (MODEL.WEIGHTS)")
+        return content
 
     def _load_model(self, checkpoint: Any):
         incompatible = super()._load_model(checkpoint)
