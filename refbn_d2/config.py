@@ -4,7 +4,7 @@ import difflib
 import itertools
 import math
 import re
-from typing import List, Optional
+from typing import Callable, List, Optional
 
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
@@ -65,27 +65,27 @@ def load_config(path: str, opts: Optional[List[str]] = None) -> CN:
     """
     cfg = get_cfg()
     add_refbn_config(cfg)
-    where = path
-    try:
-        if path:
-            _check_files(path)
-            cfg.merge_from_file(path, allow_unsafe=False)
-        where = "on the command line"
-        cfg.merge_from_list(opts or [])
-    except (
-        KeyError,
-        AssertionError,
-        ValueError,
-        OSError,
-        AttributeError,
-        TypeError,
-        RecursionError,
-        MemoryError,  # what Python raises on a literal that is nested too deeply
-    ) as e:
-        message = str(e.args[0]) if isinstance(e, KeyError) else str(e) or type(e).__name__
-        raise UserError(f"{where}: {_explained(cfg, message)}") from None
-    _check(cfg)
+    if path:
+        _check_files(path)
+        _merge(cfg, path, lambda: cfg.merge_from_file(path, allow_unsafe=False))
+    _merge(cfg, "on the command line", lambda: cfg.merge_from_list(opts or []))
     return cfg
+
+
+def _merge(cfg: CN, where: str, merge: Callable[[], None]) -> None:
+    """Raises a UserError that begins with ``where`` if ``merge`` gives ``cfg`` a bad value."""
+    try:
+        merge()
+        _check(cfg)
+    except UserError as e:
+        raise UserError(f"{where}: {e}") from None
+    except (RecursionError, MemoryError):  # of Python's parser, which yacs gives every text
+        raise UserError(f"{where}: a value is nested too deeply") from None
+    except (AttributeError, TypeError) as e:  # a section where a value belongs, or the reverse
+        raise UserError(f"{where}: not of the form of a detectron2 config ({e})") from None
+    except (KeyError, AssertionError, ValueError, OSError) as e:
+        message = str(e.args[0]) if isinstance(e, KeyError) else str(e)
+        raise UserError(f"{where}: {_explained(cfg, message)}") from None
 
 
 def _check_files(path: str) -> None:
@@ -97,15 +97,22 @@ def _check_files(path: str) -> None:
         def _open_cfg(cls, filename: str):
             if next(count) > _MAX_FILES:
                 raise UserError(f"{path}: its _BASE_ leads back to itself, or to too many files")
-            content = plain_yaml.read(filename)
-            if not isinstance(content, dict):
-                raise UserError(f"{filename}: is no config, but a {type(content).__name__}")
-            bases = content.get(BASE_KEY, "")
-            if not all(isinstance(b, str) for b in (bases if isinstance(bases, list) else [bases])):
-                raise UserError(f"{filename}: {BASE_KEY} is {bases!r}: use the path of a config")
+            try:
+                _check_file(filename)
+            except UserError as e:
+                raise UserError(f"{path}: {e}" if filename != path else str(e)) from None
             return super()._open_cfg(filename)
 
     Reader.load_yaml_with_base(path)
+
+
+def _check_file(path: str) -> None:
+    content = plain_yaml.read(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: is no config, but a {type(content).__name__}")
+    bases = content.get(BASE_KEY, "")
+    if not all(isinstance(b, str) for b in (bases if isinstance(bases, list) else [bases])):
+        raise UserError(f"{path}: {BASE_KEY} is {bases!r}: use the path of a config")
 
 
 def _explained(cfg: CN, message: str) -> str:

@@ -28,8 +28,13 @@ def _user_message(error: BaseException):
     # Worker processes (data loader, launch) put the remote traceback into the message.
     remote = re.findall(r"^(?:refbn_d2[\w.]*)?\bU\w+Error: (.*)$", str(error), flags=re.MULTILINE)
     if remote:
-        return remote[-1]
-    return " ".join(str(error).split()) if isinstance(error, UserError) else None
+        return _shortened(remote[-1])
+    return _shortened(" ".join(str(error).split())) if isinstance(error, UserError) else None
+
+
+def _shortened(line: str) -> str:
+    """Without its middle, if a value in it is very long; the remedy is at the end."""
+    return line if len(line) <= 800 else f"{line[:500]} [...] {line[-250:]}"
 
 
 def quiet_user_errors() -> None:

@@ -5,7 +5,7 @@ runs do not add up; detectron2 drops polygons that it cannot use; a NaN ends a t
 after the file was read.
 """
 
-import math
+import sys
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import numpy as np
@@ -27,7 +27,9 @@ def is_int(value: Any) -> bool:
 
 def is_number(value: Any) -> bool:
     """Whether ``value`` is a finite number, and no boolean."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 def box_problem(box: Any) -> str:
@@ -80,10 +82,10 @@ def _polygons_problem(polygons: List[Any]) -> str:
         if len(polygon) < 4 or len(polygon) % 2:  # two points are a box, says COCO
             return f"polygon {_short(polygon)} is not x, y, x, y, ..."
         try:
-            total, extent = sum(polygon), max(polygon) - min(polygon)
+            total, extent = float(sum(polygon)), float(max(polygon) - min(polygon))
         except (TypeError, OverflowError):
-            total = math.nan
-        if not math.isfinite(total):
+            total = None
+        if not is_number(total):
             return f"polygon {_short(polygon)} is not all finite numbers"
         # Cheap, and enough for nearly all.
         if len(polygon) * extent > _MAX_OUTLINE and _outline(polygon) > _MAX_OUTLINE:

@@ -66,7 +66,7 @@ class _NamingTheFile:
         except SizeMismatchError as e:
             raise UserError(f"image {dataset_dict['file_name']}: {e}") from None
         # What Pillow raises on damaged files, and on those that say they are huge.
-        except (OSError, SyntaxError, Image.DecompressionBombError) as e:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
             raise UserError(f"image {dataset_dict['file_name']} cannot be read: {e}") from None
 
     @staticmethod

@@ -14,8 +14,11 @@ from . import safe_pickle
 __all__ = ["Checkpointer"]
 
 _RESNET_WEIGHT = re.compile(r"res\d\.\d+\.(conv\d|shortcut)(\.norm)?\.weight$")
-# Where it is missing, BatchNorm was fused into the weights: a live norm cannot start from those.
-_RESNET_STATISTICS = re.compile(r"res\d\.\d+\.(conv\d|shortcut)\.norm\.running_var$")
+# Where it is missing, BatchNorm was fused into the weights: a live norm cannot start from those. Or
+# a reference has lost a part. (A file without any reference is not said to miss one.)
+_RESNET_STATISTICS = re.compile(
+    r"res\d\.\d+\.(conv\d|shortcut)\.norm\.(running_var|ref_mean|ref_var)$"
+)
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -74,4 +77,7 @@ class Checkpointer(DetectionCheckpointer):
                 f"weights {self._path!r} are of another architecture: {detail}; set MODEL.WEIGHTS "
                 "to a file for this model, or to '' to start from random weights"
             )
+        for name, value in self.model.named_parameters():
+            if not value.isfinite().all():
+                raise UserError(f"weights {self._path!r} are not finite numbers: {name}")
         return incompatible

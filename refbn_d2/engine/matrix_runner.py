@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..config import load_config
 from ..errors import UserError
+from ..evaluation.inputs import read_json
 from .matrix import Cell
 
 __all__ = ["run_matrix"]
@@ -53,8 +54,8 @@ class _Runner:
             (self._output / cell.folder / "run.json", ("detector", "pretraining")),
             (self._output / cell.classifier_folder / "pretraining.json", ("pretraining",)),
         ):
-            before = json.loads(file.read_text())["settings"] if file.exists() else settings
-            if any(before.get(k) != settings[k] for k in keys):
+            before = _read(file).get("settings") if file.exists() else settings
+            if not isinstance(before, dict) or any(before.get(k) != settings[k] for k in keys):
                 raise UserError(
                     f"{file.parent} holds a run of another config: choose another --output"
                 )
@@ -112,8 +113,8 @@ class _Runner:
         file = folder / "run.json"
         record = _record(cell)
         if file.exists():
-            before = json.loads(file.read_text())
-            if before["status"] == "finished":
+            before = _read(file)
+            if before.get("status") == "finished":
                 return before
         if self._stop.is_set():
             return {**record, "status": "interrupted"}
@@ -155,6 +156,13 @@ def _record(cell: Cell) -> Dict[str, Any]:
         "image_root": metadata.get("image_root"),
         "settings": cell.settings(),
     }
+
+
+def _read(file: Path) -> Dict[str, Any]:
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: is no record of a run, but a {type(content).__name__}")
+    return content
 
 
 def _write(path: Path, record: Dict[str, Any]) -> None:

@@ -52,13 +52,13 @@ def read_json(path: Path) -> Any:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as e:
+    except (OSError, ValueError) as e:  # not UTF-8, or no possible name
         raise UserError(f"{path}: cannot be read ({e})") from None
     if not text.strip():
         raise UserError(f"{path}: the file is empty")
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{path}: not JSON, or cut off ({e})") from None
 
 
