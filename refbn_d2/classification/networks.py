@@ -17,10 +17,13 @@ from ..norms.convert import CONVERTIBLE
 __all__ = ["LeNet5", "VGG16", "build_network"]
 
 
-def _init_he(network: nn.Module) -> None:
-    """Weights as of He et al. 2015, biases zero."""
+def _init_convolutions(network: nn.Module) -> None:
+    """He et al. 2015, as in section 4.2.2 of the paper; linear layers stay as torch makes them.
+
+    (With He's rule, too, VGG-16's three of them start with a loss of 6, and learn nothing at first.)
+    """
     for m in network.modules():
-        if isinstance(m, (nn.Conv2d, nn.Linear)):
+        if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
             nn.init.zeros_(m.bias)
 
@@ -40,27 +43,27 @@ class LeNet5(nn.Module):
             layers += [nn.AvgPool2d(2)] if channels < 120 else []
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Sequential(nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, num_classes))
-        _init_he(self)
+        _init_convolutions(self)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.features(x).flatten(1))
 
 
 class VGG16(nn.Module):
-    """VGG-16 for images (N, 3, 32, 32), whose last feature map is 1x1.
+    """VGG-16 for images (N, 3, 32, 32): linear layers as wide as its last feature map, 1x1x512.
 
-    torchvision's would copy that map to 7x7 for 103 million weights of its first linear layer.
+    torchvision's would copy that map to 7x7, for 103 million weights of its first linear layer.
     """
 
     def __init__(self, num_classes: int = 10):
         super().__init__()
         self.features = make_layers(vgg_layers["D"], batch_norm=True)
         self.classifier = nn.Sequential(
-            *(nn.Linear(512, 4096), nn.ReLU(), nn.Dropout()),
-            *(nn.Linear(4096, 4096), nn.ReLU(), nn.Dropout()),
-            nn.Linear(4096, num_classes),
+            *(nn.Linear(512, 512), nn.ReLU(), nn.Dropout()),
+            *(nn.Linear(512, 512), nn.ReLU(), nn.Dropout()),
+            nn.Linear(512, num_classes),
         )
-        _init_he(self)
+        _init_convolutions(self)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.features(x).flatten(1))

@@ -8,9 +8,9 @@ import torch
 from detectron2.data import DatasetFromList, MapDataset
 from detectron2.data.build import trivial_batch_collator
 from detectron2.utils import comm
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from ..rng import derived_seed, forked_rng
+from ..rng import derived_seed, forked_rng, seed_rng
 
 __all__ = ["TrainLoader"]
 
@@ -24,7 +24,11 @@ class _Seeded(Dataset):
 
     def __getitem__(self, item: Tuple[int, int]) -> Any:
         position, index = item
-        with forked_rng(derived_seed(*self._key, position)):
+        seed = derived_seed(*self._key, position)
+        if get_worker_info() is not None:  # nobody else draws here: no state to put back
+            seed_rng(seed)
+            return self._dataset[index]
+        with forked_rng(seed):
             return self._dataset[index]
 
 
