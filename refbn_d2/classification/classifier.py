@@ -82,7 +82,9 @@ def right(scores: Tensor, labels: Tensor) -> Tensor:
     """
     best = scores.topk(min(5, scores.shape[1])).indices
     hits = best == labels[:, None]
-    return torch.stack([hits.new_tensor(len(hits), dtype=torch.int64), hits[:, 0].sum(), hits.sum()])
+    return torch.stack(
+        [hits.new_tensor(len(hits), dtype=torch.int64), hits[:, 0].sum(), hits.sum()]
+    )
 
 
 @META_ARCH_REGISTRY.register()

@@ -6,7 +6,7 @@ from typing import Any, Dict, List
 
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.datasets.folder import find_classes, make_dataset
 from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.transforms import InterpolationMode, v2
 
@@ -16,6 +16,7 @@ __all__ = ["ImageFolderMapper", "register", "register_image_folders"]
 
 CROP_SIZE = 224
 SPLITS = ("train", "val")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class ImageFolderMapper:
@@ -40,7 +41,7 @@ class ImageFolderMapper:
         except RuntimeError as e:  # torchvision's for all that is wrong with a file
             if not os.path.exists(d["file_name"]):
                 raise FileNotFoundError(d["file_name"]) from None
-            raise OSError(str(e).splitlines()[0]) from None
+            raise OSError(str(e).splitlines()[0].rpartition(", ")[2]) from None
         image = torch.as_tensor(self._transform(image))
         return {"image": image, "label": d["label"], "image_id": d["image_id"]}
 
@@ -64,7 +65,7 @@ def _load(root: Path, split: str) -> List[Dict[str, Any]]:
             )
     numbers = {name: k for k, name in enumerate(classes)}
     try:
-        samples = make_dataset(str(root / split), numbers, IMG_EXTENSIONS)
+        samples = make_dataset(str(root / split), numbers, EXTENSIONS)
     except FileNotFoundError as e:
         raise UserError(f"{root / split}: {str(e).splitlines()[0]}") from None
     return [{"image_id": k, "label": y, "file_name": f} for k, (f, y) in enumerate(samples)]

@@ -142,7 +142,9 @@ def _exchange_norms(network: nn.Module, name: str, norm: str) -> None:
     other = [type(m).__name__ for _, _, m in norms if type(m) is not nn.BatchNorm2d]
     if other or (norm and not norms):
         what = f"its {other[0]} cannot be exchanged" if other else "it has none; try its name + _bn"
-        raise UserError(f"MODEL.CLASSIFIER.NETWORK {name} with MODEL.CLASSIFIER.NORM {norm}: {what}")
+        raise UserError(
+            f"MODEL.CLASSIFIER.NETWORK {name} with MODEL.CLASSIFIER.NORM {norm}: {what}"
+        )
     if norm in CONVERTIBLE:  # keeps eps and momentum, which are not the default in every network
         convert_norm(network, norm)
         return

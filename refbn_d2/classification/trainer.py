@@ -14,6 +14,7 @@ from ..data.errors import dataset_errors, naming_the_file
 from ..engine import Trainer
 from ..errors import UserError
 from . import crops, image_folder, mnist
+from .checkpoint import ClassifierCheckpointer
 from .evaluator import ClassificationEvaluator
 from .hooks import TrainingProgress
 
@@ -29,6 +30,10 @@ class ClassificationTrainer(Trainer):
     A data set's metadata has the ``mapper``, a class: an instance is made with whether it is for
     training, and makes of a dict one with "image", uint8 (C, H, W), "label" and "image_id".
     """
+
+    @classmethod
+    def build_checkpointer(cls, cfg: CfgNode, model, **checkpointables) -> ClassifierCheckpointer:
+        return ClassifierCheckpointer(model, cfg.OUTPUT_DIR, **checkpointables)
 
     @classmethod
     def build_mapper(cls, cfg: CfgNode, is_train: bool):

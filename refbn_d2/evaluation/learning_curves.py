@@ -104,7 +104,8 @@ def _smooth(curve: np.ndarray, key: str) -> np.ndarray:
     if key != TRAIN or len(curve) < 2:
         return curve
     size = max(1, round(_WINDOW / np.median(np.diff(curve[:, 0]))))
-    mean = np.convolve(curve[:, 1], np.ones(size) / size, "valid")
+    # Rounded, lest a mean of 2 be above 2.
+    mean = np.round(np.convolve(curve[:, 1], np.ones(size) / size, "valid"), 9)
     return np.column_stack([curve[size - 1 :, 0], mean])
 
 
@@ -165,7 +166,9 @@ def figure(groups: Dict[str, List[ClassifierRun]], accuracies: Sequence[float]) 
 
     The accuracy's distance from 100 % is on a log scale: late differences show as early ones do.
     """
-    keys = [k for k in (TRAIN, TEST) if any(len(r.curves[k]) > 1 for g in groups.values() for r in g)]
+    keys = [
+        k for k in (TRAIN, TEST) if any(len(r.curves[k]) > 1 for g in groups.values() for r in g)
+    ]
     with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False}):
         result = Figure(figsize=(4.6 * len(keys), 3.6), dpi=110, layout="constrained")
         axes = result.subplots(1, len(keys), squeeze=False, sharey=True)[0]
