@@ -18,8 +18,8 @@ class TrainingProgress(HookBase):
     """Logs the training error and the throughput every ``period`` iterations.
 
     In metrics.json: train/top1_error and train/top5_error in percent, over all images of these
-    iterations and all processes, as the network was when it saw them; and images_per_second, without
-    the time of evaluations and checkpoints.
+    iterations and all processes, as the network was when it saw them; and images_per_second, not
+    counting the time of evaluations and checkpoints.
 
     Args:
         batch_size: of all processes together.

@@ -1,4 +1,4 @@
-"""The networks of the classification track: LeNet-5, VGG-16, and whatever torchvision or timm has."""
+"""The networks of the classification track: LeNet-5, VGG-16, and those of torchvision or timm."""
 
 import difflib
 from typing import Callable, Dict, Iterator, Tuple
@@ -20,7 +20,7 @@ __all__ = ["LeNet5", "VGG16", "build_network"]
 def _init_convolutions(network: nn.Module) -> None:
     """He et al. 2015, as in section 4.2.2 of the paper; linear layers stay as torch makes them.
 
-    (With He's rule, too, VGG-16's three of them start with a loss of 6, and learn nothing at first.)
+    (By He's rule, too, VGG-16's three of them start with a loss of 6 and learn nothing at first.)
     """
     for m in network.modules():
         if isinstance(m, nn.Conv2d):

@@ -5,10 +5,11 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
-from .samples import write_image_folders
 
 from refbn_d2.classification.image_folder import ImageFolderMapper, register_image_folders
 from refbn_d2.errors import UserError
+
+from .samples import write_image_folders
 
 
 @pytest.fixture

@@ -7,14 +7,15 @@ import pytest
 import torch
 import torchvision
 from detectron2.data import DatasetCatalog
-from .samples import write_idx, write_mnist
 
 from refbn_d2.classification.mnist import MnistMapper, read_idx
 from refbn_d2.errors import UserError
 
+from .samples import write_idx, write_mnist
+
 
 def test_the_real_files(real_data, monkeypatch):
-    """Images a class and the mean pixel, as published; the image is in the middle of its padding."""
+    """Images a class and the mean pixel, as published; the padding is all around."""
     monkeypatch.setenv("DETECTRON2_DATASETS", str(real_data))
     dicts = DatasetCatalog.get("mnist_train")
     counts = np.bincount([d["label"] for d in dicts])

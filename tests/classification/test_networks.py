@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
-from refbn_d2.classification.networks import LeNet5, VGG16, build_network
+from refbn_d2.classification.networks import VGG16, LeNet5, build_network
 from refbn_d2.errors import UserError
 from refbn_d2.norms import RefBatchNorm2d
 from refbn_d2.norms.instance_norm import InstanceNorm2d

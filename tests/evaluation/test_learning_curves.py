@@ -1,4 +1,4 @@
-"""Learning curves of written metrics.json files: steps, spreads, tables and a figure that is one."""
+"""Learning curves of written metrics.json files: steps, spreads, the table and the figure."""
 
 import json
 import math
