@@ -133,12 +133,12 @@ def _read(path: str) -> Dict[str, Tensor]:
     except Exception as e:  # whatever a damaged file may raise
         reason = (str(e) or type(e).__name__).splitlines()[0].split(". ")[0]
         raise UserError(f"{path}: cannot be read as weights: {reason}") from None
-    caffe2 = path.endswith(".pkl") and "Caffe2" == content.get("__author__", "Caffe2")
-    for key in ("model", "state_dict", "blobs"):  # detectron2 and this package; timm; Detectron
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not weights by name")
+    caffe2 = path.endswith(".pkl") and content.get("__author__", "Caffe2") == "Caffe2"
+    for key in ("model", "state_dict", "blobs"):  # of detectron2 and this package, timm, Detectron
+        if isinstance(content.get(key), dict):
+            content = content[key]
     weights = {k: torch.as_tensor(v) for k, v in content.items() if hasattr(v, "shape")}
     return convert_c2_detectron_names(weights)[0] if caffe2 else weights
 
@@ -292,8 +292,8 @@ def _training_config(source: str, from_torchvision: bool) -> Dict[str, Any]:
     config = {
         "MODEL.PIXEL_MEAN": list(cfg.MODEL.PIXEL_MEAN),
         "MODEL.PIXEL_STD": list(cfg.MODEL.PIXEL_STD),
-        "INPUT.FORMAT": cfg.INPUT.FORMAT,
     }
-    if not from_torchvision:  # whose strides are where they are
+    if not from_torchvision:  # whose pixels are RGB and whose strides are where they are
+        config["INPUT.FORMAT"] = cfg.INPUT.FORMAT
         config["MODEL.RESNETS.STRIDE_IN_1X1"] = cfg.MODEL.RESNETS.STRIDE_IN_1X1
     return config
