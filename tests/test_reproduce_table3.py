@@ -96,6 +96,7 @@ def test_missing_data_is_one_line_before_anything_starts(tmp_path, missing):
             (annotations / f"instances_{split}2017.json").write_text("{}")
     done = _run("--miniature", cwd=tmp_path)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith("error: data set coco_2017_train: datasets/coco/")
-    assert ("train2017 does" in done.stderr) == (missing == "images")
+    path = {"coco": "annotations/instances_train2017.json", "images": "train2017"}[missing]
+    error = f"error: data set coco_2017_train: datasets/coco/{path} does not exist; set DETECTRON2"
+    assert done.stderr.startswith(error)
     assert not (tmp_path / "output").exists()

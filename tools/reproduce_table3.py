@@ -34,9 +34,9 @@ from refbn_d2.errors import UserError, one_line_errors  # noqa: E402
 MATRICES = Path(__file__).resolve().parents[1] / "configs/Matrix"
 BASELINE = "BN"
 ESTIMATE = """\
-Estimated from what is published in float32 for ResNet-50 (NVIDIA's DeepLearningExamples) and for
-Mask R-CNN R50-C4 with FrozenBN (detectron2's model zoo). Live norms take longer, newer GPUs and
-mixed precision less; evaluation comes on top. Not measured here."""
+Estimated from what is published for ResNet-50 in large batches (NVIDIA's DeepLearningExamples) and
+Mask R-CNN R50-C4 with FrozenBN (detectron2's model zoo). Live norms and small batches take longer,
+newer GPUs less; evaluation comes on top. Nothing of this was measured here."""
 
 
 def show_plan(cells: List[Cell], output: Path, num_gpus: int) -> None:

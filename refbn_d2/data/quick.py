@@ -204,5 +204,4 @@ def register() -> None:
             json_file=str(root() / f"instances_{split}.json"),
             image_root=str(root() / split),
             evaluator_type="coco",
-            generated=True,
         )
