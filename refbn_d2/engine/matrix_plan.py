@@ -17,8 +17,8 @@ from .matrix_runner import is_finished, is_pretrained
 __all__ = ["Step", "check_data", "steps"]
 
 # Images a second that one V100 trains on, as published for eight of them. detectron2's model zoo,
-# Mask R-CNN R50-C4 1x with FrozenBN: 0.584 s for 16 images. NVIDIA's DeepLearningExamples, ResNet-50
-# for PyTorch in large batches: 2,855 images a second in float32, 8,322 in mixed precision.
+# Mask R-CNN R50-C4 1x with FrozenBN: 0.584 s for 16 images. NVIDIA's DeepLearningExamples, PyTorch
+# ResNet-50 in large batches: 2,855 images a second in float32, 8,322 in mixed precision.
 _DETECTOR_RATE = 16 / 0.584 / 8
 _CLASSIFIER_RATE = {False: 2855 / 8, True: 8322 / 8}
 
