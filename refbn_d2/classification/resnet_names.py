@@ -62,7 +62,8 @@ def detectron2_names(names: Iterable[str]) -> Dict[str, str]:
     names = list(names)
     if any(n.endswith(_MARK["detectron2"]) for n in names):
         found = ((n, _IN_A_DETECTOR.fullmatch(n)) for n in names)
-        return {n: m[1] for n, m in found if m}
+        # detectron2's own converter from torchvision names the linear layer so.
+        return {n: m[1].replace("stem.fc.", "linear.") for n, m in found if m}
     marked = [n for n in names if n.endswith(_MARK["torchvision"])]
     if not marked:
         raise UserError(

@@ -32,6 +32,7 @@ def test_every_name_of_torchvisions_is_one_of_detectron2s(depth):
         ("roi_heads.res5.0.conv1.norm.ref_mean", "res5.0.conv1.norm.ref_mean"),
         ("backbone.bottom_up.stem.conv1.weight", "stem.conv1.weight"),
         ("linear.bias", "linear.bias"),
+        ("stem.fc.bias", "linear.bias"),
         ("backbone.fpn_lateral2.weight", None),
         ("roi_heads.box_predictor.cls_score.weight", None),
         ("pixel_mean", None),
