@@ -292,6 +292,23 @@ def test_a_damaged_or_missing_file_is_named(tmp_path, classifier):
             convert(name, str(tmp_path / "out.pth"))
 
 
+def test_a_safetensors_file_of_timms(tmp_path, classifier):
+    torch_format = pytest.importorskip("safetensors.torch", reason="timm's format; optional")
+    weights = {k: v for k, v in classifier.state_dict().items() if k.startswith("backbone.")}
+    torch_format.save_file(weights, tmp_path / "model.safetensors")
+    convert(str(tmp_path / "model.safetensors"), str(tmp_path / "out.pth"))
+    converted = torch.load(tmp_path / "out.pth")["model"]
+    assert len(converted) == len(weights)
+    assert all(torch.equal(converted[k[len("backbone.") :]], v) for k, v in weights.items())
+
+
+def test_without_its_package_a_safetensors_file_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UserError, match="model.safetensors.*pip install safetensors"):
+        convert(str(tmp_path / "model.safetensors"), str(tmp_path / "out.pth"))
+
+
 def test_a_full_disk_leaves_the_file_that_was_there(tmp_path, classifier):
     path = _save({"model": classifier.state_dict()}, tmp_path / "model_final.pth")
     (tmp_path / "backbone.pth").write_text("the file that was there")
