@@ -8,9 +8,9 @@ import torch
 from detectron2.data import DatasetFromList, MapDataset
 from detectron2.data.build import trivial_batch_collator
 from detectron2.utils import comm
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from ..rng import derived_seed, forked_rng
+from ..rng import derived_seed, forked_rng, seed_rng
 
 __all__ = ["TrainLoader"]
 
@@ -24,12 +24,18 @@ class _Seeded(Dataset):
 
     def __getitem__(self, item: Tuple[int, int]) -> Any:
         position, index = item
-        with forked_rng(derived_seed(*self._key, position)):
+        seed = derived_seed(*self._key, position)
+        if get_worker_info() is not None:  # nobody else draws here: no state to put back
+            seed_rng(seed)
+            return self._dataset[index]
+        with forked_rng(seed):
             return self._dataset[index]
 
 
 class TrainLoader:
-    """Yields the batches of this process, lists of mapped dataset dicts, without end.
+    """Yields the batches of this process, by default lists of mapped dataset dicts, without end.
+
+    There is one pass, hence its workers stay until the run ends.
 
     The images, their batches and their augmentation are what detectron2's loader would give: its
     samplers, batches of one orientation, the mapper's random numbers. But they depend on ``seed``
@@ -44,6 +50,8 @@ class TrainLoader:
         group_by_orientation: whether wide images and all others go into batches of their own.
         num_workers: processes that load images; 0 for none.
         seed: >= 0, the same on every process.
+        collate_fn: makes a batch of a list of mapped dicts, in the worker.
+        pin_memory: whether batches, as far as they are tensors, wait in memory that a GPU can read.
 
     Attributes:
         seed, start: may be set until the first batch is asked for.
@@ -58,6 +66,8 @@ class TrainLoader:
         group_by_orientation: bool,
         num_workers: int,
         seed: int,
+        collate_fn: Callable[[List[Any]], Any] = trivial_batch_collator,
+        pin_memory: bool = False,
     ):
         # Known for all images beforehand, or skipping batches would mean loading dicts.
         self._bucket = [group_by_orientation and d["width"] > d["height"] for d in dicts]
@@ -66,6 +76,8 @@ class TrainLoader:
         self._mapper = mapper
         self._batch_size = batch_size
         self._num_workers = num_workers
+        self._collate_fn = collate_fn
+        self._pin_memory = pin_memory
         self.seed = seed
         self.start = 0
 
@@ -85,7 +97,8 @@ class TrainLoader:
             _Seeded(MapDataset(self._dataset, self._mapper), self.seed),
             batch_sampler=itertools.islice(self._batches(), self.start, None),
             num_workers=self._num_workers,
-            collate_fn=trivial_batch_collator,
+            collate_fn=self._collate_fn,
+            pin_memory=self._pin_memory,
             # Without one of its own it draws from the generator of the training step.
             generator=torch.Generator(),
         )

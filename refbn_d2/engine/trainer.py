@@ -145,7 +145,13 @@ class Trainer(DefaultTrainer):
                 cfg.DATALOADER.ASPECT_RATIO_GROUPING and not grouped,
                 cfg.DATALOADER.NUM_WORKERS,
                 cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
+                **cls.loader_options(cfg),
             )
+
+    @classmethod
+    def loader_options(cls, cfg: CfgNode) -> Dict[str, Any]:
+        """Further arguments of the training loader."""
+        return {}
 
     @classmethod
     def _build_sampler(cls, cfg: CfgNode, dataset: Dataset, seed: int) -> Sampler:
