@@ -7,7 +7,6 @@ same memory format, contiguous or channels_last, and not empty.
 from typing import Iterator, Tuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .plain_kernels import normalize, per_channel, statistics_dtype
@@ -21,17 +20,39 @@ _SHORT_ROW = 16
 
 
 def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
-    if x.dtype != statistics_dtype(x):
-        # With running statistics in float32 the kernel calculates in float32 and returns it.
-        unused = torch.zeros(2, x.shape[1])
-        return torch.batch_norm_update_stats(x, *unused, 0.0)
-    if x.is_contiguous() and x.shape[2] * x.shape[3] >= _SHORT_ROW:
+    if not x.is_contiguous():
+        return _block_moments(x)
+    wide = x.dtype == statistics_dtype(x)
+    if wide and x.shape[2] * x.shape[3] >= _SHORT_ROW:
         return _row_moments(x)
-    return torch.batch_norm_update_stats(x, None, None, 0.0)
+    return _native_moments(x)
+
+
+def _native_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
+    dtype = statistics_dtype(x)
+    # For narrow x, running statistics in float32 make the kernel calculate in that and return it.
+    unused = (None, None) if x.dtype == dtype else torch.zeros(2, x.shape[1], dtype=dtype)
+    return torch.batch_norm_update_stats(x, *unused, 0.0)
+
+
+def _block_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
+    """Of x in channels_last, where the native kernel has one float32 accumulator per channel.
+
+    Of 10^6 values that leaves the variance 3 digits. Over blocks, which are then combined, it
+    leaves 6, and the kernel's passes but the first find x in the cache.
+    """
+    blocks = list(_blocks(x))
+    moments = [_native_moments(x[b]) for b in blocks]
+    if len(moments) == 1:
+        return moments[0]
+    means, variances = (torch.stack(vectors) for vectors in zip(*moments))
+    share = torch.tensor([x[b].numel() / x.numel() for b in blocks], dtype=means.dtype)
+    mean = share @ means
+    return mean, share @ (variances + (means - mean).square())
 
 
 def _row_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
-    """Of a contiguous x: first per row of H W, then combined (Chan, Golub and LeVeque 1979).
+    """Of a contiguous, wide x: per row of H W, then combined (Chan, Golub and LeVeque 1979).
 
     The kernel made for the purpose adds up contiguous input value by value and takes 4 to 20 times
     as long as sum and norm, which are vectorized. x is read from memory once: block by block, each

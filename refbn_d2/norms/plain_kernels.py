@@ -1,8 +1,8 @@
 """The kernels of functional.py as formulas: for torch.compile, which fuses them, and any device.
 
-This is also what a set of kernels is. Each module of this kind has these four functions; x and g are
-(N, C, H, W), not empty; vectors are (C,) in :func:`statistics_dtype` of x; nothing is differentiated
-through.
+This is also what a set of kernels is: each such module has these four functions. x and g are
+(N, C, H, W), not empty; vectors are (C,) in :func:`statistics_dtype` of x; nothing is
+differentiated through.
 """
 
 from typing import Optional, Tuple
