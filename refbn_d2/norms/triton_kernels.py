@@ -20,7 +20,7 @@ __all__ = ["input_gradient", "moments", "normalize", "sums"]
 # the GPU: a device does not change the order of summation.
 _PROGRAMS = 1024
 _FLAT = 1024  # elements of an elementwise program
-# From here on an index that starts a block may leave int32. Offsets into x are always int64.
+# From here on an index may leave int32; below, int64 division would cost more than the memory does.
 _WIDE = 2**30
 
 
@@ -79,9 +79,11 @@ def _merge_kernel(means, squares, mean_out, var_out, rows, chunk, channels, spli
     count = tl.zeros((), ACC)
     mean = tl.zeros((BC,), ACC)
     square = tl.zeros((BC,), ACC)
+    first = tl.zeros((), tl.int64)  # row of the chunk
     for k in range(splits):
         part = tl.load(means + k * channels + c, mask, 0.0)
-        part_count = tl.minimum(rows - k.to(tl.int64) * chunk, chunk).to(ACC)
+        part_count = tl.minimum(rows - first, chunk).to(ACC)
+        first += chunk
         total = count + part_count
         delta = part - mean
         square += tl.load(squares + k * channels + c, mask, 0.0)
@@ -116,16 +118,19 @@ def _sums_kernel(g, x, mean, invstd, out, rows, chunk, pixels, channels, splits,
 
 
 @triton.jit
-def _flat_indices(size, pixels, channels, BLOCK: tl.constexpr):
-    """Positions in memory, int64, those inside, and their channels."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def _flat_indices(size, pixels, channels, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """Positions in memory, those inside, and their channels."""
+    program = tl.program_id(0)
+    if WIDE:
+        program = program.to(tl.int64)
+    i = program * BLOCK + tl.arange(0, BLOCK)
     return i, i < size, (i // pixels) % channels
 
 
 @triton.jit
 def _normalize_kernel(x, y, mean, var, weight, bias, eps, size, pixels, channels,
-                      BLOCK: tl.constexpr):  # fmt: skip
-    i, mask, c = _flat_indices(size, pixels, channels, BLOCK)
+                      WIDE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    i, mask, c = _flat_indices(size, pixels, channels, WIDE, BLOCK)
     mu, v = tl.load(mean + c, mask), tl.load(var + c, mask, 1.0)
     scale = tl.rsqrt(v + eps)
     if weight is not None:
@@ -138,8 +143,8 @@ def _normalize_kernel(x, y, mean, var, weight, bias, eps, size, pixels, channels
 
 @triton.jit
 def _input_gradient_kernel(g, x, out, center, scale, mean_g, slope, size, pixels, channels,
-                           BLOCK: tl.constexpr):  # fmt: skip
-    i, mask, c = _flat_indices(size, pixels, channels, BLOCK)
+                           WIDE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    i, mask, c = _flat_indices(size, pixels, channels, WIDE, BLOCK)
     mu = tl.load(center + c, mask)
     drop = tl.load(mean_g + c, mask)
     drop += tl.load(slope + c, mask) * (tl.load(x + i, mask).to(mu.dtype) - mu)
@@ -168,9 +173,10 @@ def _split(x: Tensor):
 
 
 def _flat(x: Tensor):
-    """How an elementwise kernel is cut up: grid, and size, pixels, channels."""
+    """How an elementwise kernel is cut up: grid, and size, pixels, channels, WIDE, BLOCK."""
     pixels = x.shape[2] * x.shape[3] if x.is_contiguous() else 1
-    return (triton.cdiv(x.numel(), _FLAT),), (x.numel(), pixels, x.shape[1])
+    size = x.numel()
+    return (triton.cdiv(size, _FLAT),), (size, pixels, x.shape[1], size >= _WIDE, _FLAT)
 
 
 def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
@@ -206,7 +212,7 @@ def normalize(
     y = torch.empty_like(x)
     grid, sizes = _flat(x)
     with torch.cuda.device_of(x):
-        _normalize_kernel[grid](x, y, mean, var, weight, bias, eps, *sizes, _FLAT)
+        _normalize_kernel[grid](x, y, mean, var, weight, bias, eps, *sizes)
     return y
 
 
@@ -216,5 +222,5 @@ def input_gradient(
     grad = torch.empty_like(x)
     grid, sizes = _flat(x)
     with torch.cuda.device_of(x):
-        _input_gradient_kernel[grid](g, x, grad, center, scale, mean_g, slope, *sizes, _FLAT)
+        _input_gradient_kernel[grid](g, x, grad, center, scale, mean_g, slope, *sizes)
     return grad
