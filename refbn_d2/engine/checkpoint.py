@@ -153,6 +153,8 @@ class Checkpointer(DetectionCheckpointer):
             content = torch.load(path, map_location="cpu", weights_only=True)
             missing = [k for k in ("model", *self.checkpointables) if k not in content]
             return f"it has no {missing[0]!r}" if missing else ""
+        except OSError as e:
+            return e.strerror
         except Exception as e:  # whatever reading a damaged file may raise
             return (str(e).splitlines() or [type(e).__name__])[0]
 

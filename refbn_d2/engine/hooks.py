@@ -98,7 +98,7 @@ class ExactResume(HookBase):
     * chance: here every iteration's random numbers depend on the run's seed and the iteration
       alone, and so do the images it gets. The seed is in the checkpoint, hence this works without
       SEED, too;
-    * the scalars of the last iterations, whose medians are logged;
+    * the scalars of the last iterations, whose medians are logged, and those not logged yet;
     * what comes after a checkpoint in its iteration: evaluating and logging it. The resumed run
       begins with that, unless metrics.json shows that it was done.
 
@@ -118,13 +118,14 @@ class ExactResume(HookBase):
     def state_dict(self) -> Dict[str, Any]:
         state: Dict[str, Any] = {"seed": self._loader.seed}
         storage = getattr(self.trainer, "storage", None)  # there is none before training
-        if storage is not None:
-            hints = storage.smoothing_hints()
-            state["scalars"] = {
-                name: (hints[name], history.values()[-self._WINDOW :])
-                for name, history in storage.histories().items()
-                if name not in self._TIMES
-            }
+        if storage is None or self.trainer.metrics is None:
+            return state
+        state["scalars"] = scalars = {}
+        logged = self.trainer.metrics.last_iteration
+        for name, smooth in storage.smoothing_hints().items():
+            values = storage.history(name).values()[-self._WINDOW if smooth else -1 :]
+            if name not in self._TIMES and (smooth or values[-1][1] > logged):
+                scalars[name] = smooth, values
         return state
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
@@ -134,11 +135,10 @@ class ExactResume(HookBase):
     def before_train(self):
         self._loader.start = self.trainer.start_iter
         if self.trainer.start_iter > 0:
-            for name, (hint, values) in self._scalars.items():
+            put_scalar = self.trainer.storage.put_scalar
+            for name, (smooth, values) in self._scalars.items():
                 for value, iteration in values:
-                    self.trainer.storage.put_scalar(
-                        name, value, smoothing_hint=hint, cur_iter=iteration
-                    )
+                    put_scalar(name, value, smoothing_hint=smooth, cur_iter=iteration)
             self._finish_iteration()
 
     def _finish_iteration(self):

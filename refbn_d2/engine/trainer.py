@@ -160,8 +160,9 @@ class Trainer(DefaultTrainer):
         try:
             super().run_step()
         except FloatingPointError as e:
+            reason = " ".join(str(e).split()).rstrip(".")
             raise UserError(
-                f"training diverged at iteration {self.iter}: {' '.join(str(e).split())}; "
+                f"training diverged at iteration {self.iter}: {reason}; "
                 f"{self.checkpointer.last_good()}. Start again with a lower SOLVER.BASE_LR (now "
                 f"{self.cfg.SOLVER.BASE_LR}), or resume with SOLVER.CLIP_GRADIENTS.ENABLED True"
             ) from e
