@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import random
+import socket
 import sys
 import tempfile
 import time
@@ -40,7 +41,11 @@ class _Trainer(Trainer):
         return hooks
 
 
-def _train(data: Path, output: Path, resume: bool, options: Dict[str, object]) -> None:
+def _train(
+    data: Path, output: Path, resume: bool, options: Dict[str, object], env: Dict[str, str]
+) -> None:
+    os.setpgrp()  # a signal to the group is for this run alone
+    os.environ.update(env)
     torch.set_num_threads(1)
     # A forked process inherits the server's way of starting workers, which imports all again.
     mp.set_start_method("fork", force=True)
@@ -58,7 +63,26 @@ def _train(data: Path, output: Path, resume: bool, options: Dict[str, object]) -
 
 def start(data: Path, output: Path, resume: bool, **options: object) -> mp.Process:
     """Starts ``tools/train_net.py``; what it prints goes to output.txt in its OUTPUT_DIR."""
-    return _process(_train, data, output, resume, options)
+    return _process(_train, data, output, resume, options, {})
+
+
+def start_several(
+    data: Path, output: Path, world_size: int, resume: bool, **options: object
+) -> List[mp.Process]:
+    """Starts processes of one run, as SLURM's srun does on one machine."""
+    env = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost"}
+    env["SLURM_STEP_NUM_TASKS"] = env["SLURM_STEP_TASKS_PER_NODE"] = str(world_size)
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        env["MASTER_PORT"] = str(s.getsockname()[1])
+    envs = [{**env, "SLURM_PROCID": str(r), "SLURM_LOCALID": str(r)} for r in range(world_size)]
+    return [_process(_train, data, output, resume, options, env) for env in envs]
+
+
+def wait_for(file: Path, *processes: mp.Process) -> None:
+    """Until the file is there, or one of those that might write it has ended."""
+    while not file.exists() and all(p.is_alive() for p in processes):
+        time.sleep(0.005)
 
 
 def _process(target: Callable[..., None], *args: object) -> mp.Process:

@@ -1,6 +1,5 @@
 """A run killed and resumed ends with the weights of one that never stopped, bit for bit."""
 
-import time
 from pathlib import Path
 
 import kills
@@ -17,10 +16,7 @@ OPTIONS = {"SOLVER__MAX_ITER": 8, "SOLVER__CHECKPOINT_PERIOD": 3, "TEST__EVAL_PE
 
 def _kill_after_checkpoint(data: Path, output: Path, **options) -> None:
     process = kills.start(data, output, False, **{**OPTIONS, **options})
-    deadline = time.monotonic() + 120
-    while not (output / "last_checkpoint").exists() and process.is_alive():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    kills.wait_for(output / "last_checkpoint", process)
     process.kill()
     process.join()
     assert process.exitcode == -9, (output / "output.txt").read_text()[-2000:]
