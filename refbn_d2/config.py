@@ -37,6 +37,9 @@ def add_refbn_config(cfg: CN) -> None:
     # 0 never does (the paper's text), 1 is the literal reading of its Algorithm 2.
     _C.MODEL.REFBN.REFERENCE.REFRESH_PERIOD = 0
 
+    # How many of the newest checkpoints stay on the disk, besides the final one; 0 keeps all.
+    _C.SOLVER.CHECKPOINT_MAX_TO_KEEP = 3
+
     # For SAMPLER_TRAIN "GroupedTrainingSampler": the share of a batch that comes from one group
     # (style or main category), 0 (i.i.d.) to 1.
     _C.DATALOADER.GROUPING_STRENGTH = 0.0
@@ -125,6 +128,11 @@ def _check(cfg: CN) -> None:
     if not 0 <= cfg.DATALOADER.GROUPING_STRENGTH <= 1:
         raise UserError(
             f"DATALOADER.GROUPING_STRENGTH is {cfg.DATALOADER.GROUPING_STRENGTH}: use 0 to 1"
+        )
+    if cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP < 0:
+        raise UserError(
+            f"SOLVER.CHECKPOINT_MAX_TO_KEEP is {cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP}: use a whole "
+            "number >= 0"
         )
     for key in ("SEED", "NUM_IMAGES", "REFRESH_PERIOD"):
         if not 0 <= reference[key] < 2**32:

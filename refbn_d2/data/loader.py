@@ -2,6 +2,9 @@
 the batch at which it was interrupted."""
 
 import itertools
+import os
+import signal
+import threading
 from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 
 import torch
@@ -30,6 +33,21 @@ class _Seeded(Dataset):
             return self._dataset[index]
         with forked_rng(seed):
             return self._dataset[index]
+
+
+def _only_its_parent_ends_it(worker: int) -> None:
+    """Makes a worker process deaf to a notice that a scheduler or a terminal sends to all of them.
+
+    The trainer finishes its step before it stops, and needs the worker until then.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class TrainLoader:
@@ -99,6 +117,7 @@ class TrainLoader:
             num_workers=self._num_workers,
             collate_fn=self._collate_fn,
             pin_memory=self._pin_memory,
+            worker_init_fn=_only_its_parent_ends_it,
             # Without one of its own it draws from the generator of the training step.
             generator=torch.Generator(),
         )
