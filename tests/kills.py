@@ -14,8 +14,9 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Callable, Dict, List
+from typing import Dict, List
 
+import processes
 import tiny
 import torch
 from detectron2.engine.hooks import PeriodicWriter
@@ -63,7 +64,7 @@ def _train(
 
 def start(data: Path, output: Path, resume: bool, **options: object) -> mp.Process:
     """Starts ``tools/train_net.py``; what it prints goes to output.txt in its OUTPUT_DIR."""
-    return _process(_train, data, output, resume, options, {})
+    return processes.start(_train, data, output, resume, options, {})
 
 
 def start_several(
@@ -76,21 +77,13 @@ def start_several(
         s.bind(("localhost", 0))
         env["MASTER_PORT"] = str(s.getsockname()[1])
     envs = [{**env, "SLURM_PROCID": str(r), "SLURM_LOCALID": str(r)} for r in range(world_size)]
-    return [_process(_train, data, output, resume, options, env) for env in envs]
+    return [processes.start(_train, data, output, resume, options, env) for env in envs]
 
 
-def wait_for(file: Path, *processes: mp.Process) -> None:
+def wait_for(file: Path, *writers: mp.Process) -> None:
     """Until the file is there, or one of those that might write it has ended."""
-    while not file.exists() and all(p.is_alive() for p in processes):
+    while not file.exists() and all(p.is_alive() for p in writers):
         time.sleep(0.005)
-
-
-def _process(target: Callable[..., None], *args: object) -> mp.Process:
-    # One server imports torch and detectron2, which takes seconds, and the processes fork from it.
-    mp.set_forkserver_preload(["kills", "torch.utils.tensorboard", "pygments.lexers"])
-    process = mp.get_context("forkserver").Process(target=target, args=args)
-    process.start()
-    return process
 
 
 def finish(data: Path, output: Path, resume: bool, **options: object) -> None:
@@ -166,7 +159,7 @@ def kill_and_resume(data: Path, folder: Path, kills: int, seed: int = 0) -> Dict
         How many "kills" there were, how many of them "in a write", and how many "ends".
     """
     rng, found = random.Random(seed), Counter()
-    _process(time.sleep, 0).join()  # from here on the server has imported everything
+    processes.start(time.sleep, 0).join()  # from here on the server has imported everything
     begin = time.monotonic()
     finish(data, folder / "whole", False)
     seconds = time.monotonic() - begin

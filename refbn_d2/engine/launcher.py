@@ -81,12 +81,13 @@ def start(main: Callable[..., Any], args: Namespace, device: str, main_args: tup
         )
     on_gpu = device.startswith("cuda")
     if on_gpu:
-        if torch.cuda.device_count() < local_size:
+        count = torch.cuda.device_count()  # srun may show each process its own alone
+        if count == 0 or 1 < count < local_size:
             raise UserError(
-                f"MODEL.DEVICE is {device}, for {local_size} processes on a machine with "
-                f"{torch.cuda.device_count()} GPUs: start fewer, or set MODEL.DEVICE cpu"
+                f"MODEL.DEVICE is {device}, for {local_size} processes on a machine with {count} "
+                "GPUs: start fewer, or set MODEL.DEVICE cpu"
             )
-        torch.cuda.set_device(int(env["LOCAL_RANK"]))
+        torch.cuda.set_device(int(env["LOCAL_RANK"]) % count)
     os.environ.update(env)
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=DEFAULT_TIMEOUT)
     _create_local_process_group(local_size)

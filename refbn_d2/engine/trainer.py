@@ -94,10 +94,10 @@ def _check_resumable(cfg: CfgNode) -> None:
 
 
 def _ddp(model, **kwargs):
-    # Upstream names a GPU for every process, which a model on the CPU refuses.
-    if next(model.parameters()).device.type == "cpu":
-        kwargs["device_ids"] = None
-    return create_ddp_model(model, **kwargs)
+    # Upstream names the GPU of the local rank, which a model on the CPU refuses.
+    device = next(model.parameters()).device
+    device_ids = [device.index] if device.type == "cuda" else None
+    return create_ddp_model(model, device_ids=device_ids, **kwargs)
 
 
 class Trainer(DefaultTrainer):

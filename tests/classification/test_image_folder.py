@@ -64,7 +64,7 @@ def test_a_corrupt_image_is_an_os_error(folders):
     d = DatasetCatalog.get("insects_val")[0]
     with open(d["file_name"], "rb+") as f:
         f.truncate(900)
-    with pytest.raises(OSError, match="^Image is incomplete or truncated$"):
+    with pytest.raises(OSError, match="truncated"):
         ImageFolderMapper(True)(d)
     with open(d["file_name"], "w") as f:
         f.write("<html>")

@@ -120,7 +120,7 @@ def test_a_corrupt_image_is_named_while_training(train_classifier, tmp_path):
             DatasetCatalog.remove(f"broken_{split}")
             MetadataCatalog.remove(f"broken_{split}")
     assert result.status == 1 and "Traceback" not in result.out + result.err
-    assert "/train/bee/" in result.err and "cannot be read: Image is incomplete" in result.err
+    assert "/train/bee/" in result.err and "cannot be read: image file is truncated" in result.err
 
 
 @pytest.mark.parametrize(
