@@ -7,8 +7,6 @@ import re
 import sys
 from typing import Callable, Optional
 
-from torch.distributed import DistBackendError
-
 __all__ = ["UserError", "one_line_errors", "quiet_user_errors"]
 
 
@@ -42,7 +40,7 @@ def _user_message(error: BaseException) -> Optional[str]:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = error.filename or "a file of the run"
         return f"{where} cannot be written: {error.strerror}; make room, start again with --resume"
-    if isinstance(error, DistBackendError) or "gloo/transport" in str(error):
+    if type(error).__name__ == "DistBackendError" or "gloo/transport" in str(error):
         return (
             "the connection to another process of the run is lost: it has ended, and says why if "
             "it could; start again with --resume"

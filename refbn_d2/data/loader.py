@@ -40,8 +40,9 @@ def _only_its_parent_ends_it(worker: int) -> None:
 
     The trainer finishes its step before it stops, and needs the worker until then.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-    threading.Thread(target=_wait_for_parent, daemon=True).start()
+    if hasattr(signal, "sigwaitinfo"):  # else nobody can tell who sent it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+        threading.Thread(target=_wait_for_parent, daemon=True).start()
 
 
 def _wait_for_parent() -> None:

@@ -126,9 +126,10 @@ class Checkpointer(DetectionCheckpointer):
 
     def _search(self) -> Tuple[str, List[str]]:
         """The checkpoint or '', and why others were skipped."""
-        folder, tagged = Path(self.save_dir), self.get_checkpoint_file()
-        for leftover in folder.glob("*" + PARTIAL):  # of a process that was killed while writing
-            leftover.unlink()
+        tagged = self.get_checkpoint_file()
+        if self.checkpointables:  # to train on; an evaluation may look at a run that is going on
+            for leftover in Path(self.save_dir).glob("*" + PARTIAL):
+                leftover.unlink()
         files = sorted(map(str, self._files()), key=os.path.getmtime, reverse=True)
         skipped = []
         for path in dict.fromkeys([tagged, *files] if tagged else files):
