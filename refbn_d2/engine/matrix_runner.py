@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..config import load_config
 from ..errors import UserError
+from ..files import atomic_write
 from .matrix import Cell
 
 __all__ = ["is_finished", "is_pretrained", "run_matrix"]
@@ -174,10 +175,12 @@ def _record(cell: Cell) -> Dict[str, Any]:
 
 
 def _write(path: Path, record: Dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1))
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(str(path)) as f:
+            json.dump(record, f, indent=1)
+    except OSError as e:
+        raise UserError(f"{path} cannot be written: {e.strerror}") from None
 
 
 def run_matrix(cells: List[Cell], output: Path, num_gpus: int, jobs: int) -> List[Dict[str, Any]]:
