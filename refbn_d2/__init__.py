@@ -44,7 +44,7 @@ except ModuleNotFoundError as e:
 else:
     from . import data, registry  # noqa: F401
     from .config import add_refbn_config, apply_norm_config
-    from .norms import RefBatchNorm2d, convert_norm
+    from .norms import RefBatchNorm2d, convert_norm, fold_norms
     from .reference import capture_reference
 
     registry.register()
@@ -54,4 +54,5 @@ else:
         "apply_norm_config",
         "capture_reference",
         "convert_norm",
+        "fold_norms",
     ]

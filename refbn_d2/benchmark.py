@@ -1,5 +1,6 @@
 """Measuring what a norm costs: time against BatchNorm and the memory bandwidth, bytes kept."""
 
+import copy
 import resource
 import statistics
 import subprocess
@@ -10,9 +11,16 @@ from typing import Any, Callable, Dict, List, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 
-from .norms import RefBatchNorm2d, ReferenceNorm2d
+from .norms import RefBatchNorm2d, ReferenceNorm2d, ref_batch_norm
 
-__all__ = ["DETECTOR_SHAPES", "RESNET_SHAPES", "PlainRefBatchNorm2d", "layer_times", "model_steps"]
+__all__ = [
+    "DETECTOR_SHAPES",
+    "RESNET_SHAPES",
+    "PlainRefBatchNorm2d",
+    "SyncKernelsBatchNorm2d",
+    "layer_times",
+    "model_times",
+]
 
 Shape = Tuple[int, int, int, int]
 
@@ -44,8 +52,8 @@ RESNET_SHAPES: Dict[int, List[Shape]] = {
     for batch in (32, 128)
 }
 
-# A training step of a norm must read x twice and write y, then read x and g twice and write dx.
-_TRAFFIC = 8
+# A norm must read x twice and write y, then read x and g twice and write dx.
+_TRAFFIC = {"forward": 3, "backward": 5, "both": 8}
 
 
 class PlainRefBatchNorm2d(RefBatchNorm2d):
@@ -61,17 +69,41 @@ class PlainRefBatchNorm2d(RefBatchNorm2d):
         return self.weight.view(1, -1, 1, 1) * x_hat + self.bias.view(1, -1, 1, 1)
 
 
-def _prepared(build: Callable[[int], nn.Module], channels: int) -> nn.Module:
+class SyncKernelsBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm in training on the kernels that SyncBatchNorm uses on CUDA; one process."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        unused = torch.zeros_like(self.running_mean), torch.ones_like(self.running_var)
+        return ref_batch_norm(x, *unused, self.weight, self.bias, 0.0, self.eps)[0]
+
+
+def _prepared(build: Callable[[int], nn.Module], x: Tensor) -> nn.Module:
+    channels = x.shape[1]
     norm = build(channels)
     if isinstance(norm, ReferenceNorm2d):
         norm.set_reference(torch.zeros(channels), torch.ones(channels), 2, 1)
-    return norm.train()
+    return norm.to(x.device).train()
 
 
 def _seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+    cuda = torch.cuda.is_initialized()
+    # With one thread, the time of the CPU: what else runs on the machine does not lengthen it.
+    alone = torch.get_num_threads() == 1 and not cuda
+    clock = time.process_time if alone else time.perf_counter
+    if cuda:
+        torch.cuda.synchronize()
+    start = clock()
     call()
-    return time.perf_counter() - start
+    if cuda:
+        torch.cuda.synchronize()
+    return clock() - start
+
+
+def _peak_bytes() -> int:
+    """Of memory so far: of the GPU if it is in use, else resident memory of this process."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _spread(values: Sequence[float]) -> Dict[str, float]:
@@ -98,30 +130,33 @@ def layer_times(
     memory_format: torch.memory_format,
     dtype: torch.dtype,
     repeats: int,
+    device: str = "cpu",
 ) -> Dict[str, Dict[str, Any]]:
     """Times a training step of single layers, interleaved: every round measures each norm once.
 
     Args:
         norms: constructors that take the number of channels, by name; "BN" is the yardstick.
         shape: (N, C, H, W) of the input.
-        memory_format, dtype: of the input.
+        memory_format, dtype, device: of the input.
         repeats: rounds.
 
     Returns:
-        For each norm ``forward``, ``backward``, ``both`` (seconds: median and quartiles), ``ratio``
-        (median over rounds of ``both`` against BN of the same round), ``floor_ratio`` (``both``
-        against the least traffic at the measured copy bandwidth) and ``bytes_kept``.
+        For each norm, for ``forward``, ``backward`` and ``both``: ``median``, ``low`` and ``high``
+        (seconds, quartiles), ``ratio`` (median over rounds, against BN of the same round) and
+        ``floor_ratio`` (against the least traffic at the measured copy bandwidth). Further
+        ``bytes_kept`` for backward.
     """
-    x = torch.randn(shape).to(dtype).contiguous(memory_format=memory_format).requires_grad_()
-    g = torch.randn(shape).to(dtype).contiguous(memory_format=memory_format)
+    x = torch.randn(shape).to(device, dtype).contiguous(memory_format=memory_format)
+    x.requires_grad_()
+    g = torch.randn(shape).to(device, dtype).contiguous(memory_format=memory_format)
     target = torch.empty_like(g)
-    layers = {name: _prepared(build, shape[1]) for name, build in norms.items()}
+    layers = {name: _prepared(build, x) for name, build in norms.items()}
     times: Dict[str, Dict[str, List[float]]] = {n: {"forward": [], "backward": []} for n in layers}
     copies = []
     for round_ in range(-1, repeats):
-        copy = _seconds(lambda: target.copy_(g))
+        copy_ = _seconds(lambda: target.copy_(g))
         if round_ >= 0:
-            copies.append(copy)
+            copies.append(copy_)
         for name, layer in layers.items():
             x.grad = None
             outputs: List[Tensor] = []
@@ -130,72 +165,120 @@ def layer_times(
             if round_ >= 0:  # the first round warms up
                 times[name]["forward"].append(forward)
                 times[name]["backward"].append(backward)
-    floor = statistics.median(copies) / 2 * _TRAFFIC
-    both = {n: [f + b for f, b in zip(t["forward"], t["backward"])] for n, t in times.items()}
+    for t in times.values():
+        t["both"] = [f + b for f, b in zip(t["forward"], t["backward"])]
+    access = statistics.median(copies) / 2
     return {
         name: {
-            "forward": _spread(times[name]["forward"]),
-            "backward": _spread(times[name]["backward"]),
-            "both": _spread(both[name]),
-            "ratio": statistics.median(a / b for a, b in zip(both[name], both["BN"])),
-            "floor_ratio": statistics.median(both[name]) / floor,
             "bytes_kept": _bytes_kept(layer, x),
+            **{
+                what: {
+                    **_spread(times[name][what]),
+                    "ratio": _median_ratio(times[name][what], times["BN"][what]),
+                    "floor_ratio": statistics.median(times[name][what]) / (traffic * access),
+                }
+                for what, traffic in _TRAFFIC.items()
+            },
         }
         for name, layer in layers.items()
     }
 
 
-_STEP = """
+def _median_ratio(values: Sequence[float], yardstick: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(values, yardstick))
+
+
+_CHILD = """
 import sys
-from refbn_d2.benchmark import _serve_steps
-_serve_steps(*sys.argv[1:])
+from refbn_d2.benchmark import _serve
+_serve(*sys.argv[1:])
 """
 
 
-def _serve_steps(config: str, *opts: str) -> None:
-    """Runs a training step for each line on standard input and prints its seconds."""
+def _scenes(cfg, images: int, size: Tuple[int, int]) -> List[Dict[str, Any]]:
+    """Training input of noise with 8 objects each: the arithmetic does not depend on the data."""
+    from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+
+    generator = torch.Generator().manual_seed(0)
+    height, width = size
+    scenes = []
+    for _ in range(images):
+        corner = torch.rand(8, 2, generator=generator) * 0.6
+        boxes = torch.cat([corner, corner + 0.3], 1) * torch.tensor([width, height] * 2)
+        instances = Instances(size, gt_boxes=Boxes(boxes), gt_classes=torch.arange(8))
+        if cfg.INPUT.MASK_FORMAT == "bitmask":
+            masks = torch.zeros(8, height, width, dtype=torch.bool)
+            for mask, (x0, y0, x1, y1) in zip(masks, boxes.int().tolist()):
+                mask[y0:y1, x0:x1] = True
+            instances.gt_masks = BitMasks(masks)
+        else:
+            corners = boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].numpy()
+            instances.gt_masks = PolygonMasks([[c] for c in corners])
+        image = torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8)
+        scenes.append({"image": image, "instances": instances, "height": height, "width": width})
+    return scenes
+
+
+def _serve(config: str, images: str, height: str, width: str, *opts: str) -> None:
+    """Runs what each line on standard input says, a step or an inference; prints its seconds."""
     from detectron2.utils.events import EventStorage
 
     from .config import load_config
     from .engine import Trainer
 
     cfg = load_config(config, list(opts))
+    torch.manual_seed(0)
     model = Trainer.build_model(cfg).train()
+    # Before any step the statistics of all norms are the same: so are the detections.
+    frozen = copy.deepcopy(model).eval()
     optimizer = Trainer.build_optimizer(cfg, model)
-    batch = Trainer.load_reference_batch(cfg)
+    batch = _scenes(cfg, int(images), (int(height), int(width)))
 
     def step() -> None:
+        torch.manual_seed(0)
         losses = sum(model(batch).values())
         optimizer.zero_grad()
         losses.backward()
         optimizer.step()
 
+    def inference() -> None:
+        with torch.no_grad():
+            frozen(batch[:1])
+
     with EventStorage():
-        step()
+        calls = {"inference": inference, "step": step}
+        for call in calls.values():
+            call()
         print("ready", flush=True)
-        for _ in sys.stdin:
-            seconds = _seconds(step)
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            print(seconds, peak, flush=True)
+        for line in sys.stdin:
+            print(_seconds(calls[line.strip()]), _peak_bytes(), flush=True)
 
 
-def model_steps(
-    configs: Dict[str, str], opts: Sequence[str], repeats: int
+def model_times(
+    configs: Dict[str, str],
+    images: int,
+    size: Tuple[int, int],
+    opts: Sequence[str],
+    repeats: int,
 ) -> Dict[str, Dict[str, Any]]:
-    """Times training steps of whole models on the CPU, interleaved, each in a process of its own.
+    """Times whole models, interleaved, each in a process of its own.
 
     Args:
         configs: config files by name; the first is the yardstick.
+        images: of a training step; inference is of one.
+        size: height and width of an image.
         opts: KEY VALUE pairs for all.
-        repeats: steps of each.
+        repeats: rounds.
 
     Returns:
-        For each name ``step`` (seconds: median and quartiles), ``ratio`` (median over rounds
-        against the first of the same round) and ``peak_bytes`` of resident memory.
+        For each name, for ``step`` and ``inference``: ``median``, ``low``, ``high`` (seconds,
+        quartiles) and ``ratio`` (median over rounds, against the first of the same round). Further
+        ``peak_bytes`` of memory.
     """
+    arguments = [str(v) for v in (images, *size)]
     children = {
         name: subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", _STEP, config, "MODEL.DEVICE", "cpu", *opts],
+            [sys.executable, "-W", "ignore", "-c", _CHILD, config, *arguments, *opts],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -203,7 +286,7 @@ def model_steps(
         )
         for name, config in configs.items()
     }
-    seconds: Dict[str, List[float]] = {name: [] for name in children}
+    seconds = {name: {"step": [], "inference": []} for name in children}
     peak: Dict[str, int] = {}
     try:
         for child in children.values():
@@ -212,11 +295,12 @@ def model_steps(
                     raise RuntimeError(f"the benchmark process ended: {child.args}")
         for _ in range(repeats):
             for name, child in children.items():
-                child.stdin.write("\n")
-                child.stdin.flush()
-                step, bytes_ = child.stdout.readline().split()
-                seconds[name].append(float(step))
-                peak[name] = int(bytes_)
+                for what, values in seconds[name].items():
+                    child.stdin.write(f"{what}\n")
+                    child.stdin.flush()
+                    time_, bytes_ = child.stdout.readline().split()
+                    values.append(float(time_))
+                    peak[name] = int(bytes_)
     finally:
         for child in children.values():
             child.kill()
@@ -224,9 +308,11 @@ def model_steps(
     first = seconds[next(iter(configs))]
     return {
         name: {
-            "step": _spread(values),
-            "ratio": statistics.median(a / b for a, b in zip(values, first)),
             "peak_bytes": peak[name],
+            **{
+                what: {**_spread(values), "ratio": _median_ratio(values, first[what])}
+                for what, values in times.items()
+            },
         }
-        for name, values in seconds.items()
+        for name, times in seconds.items()
     }

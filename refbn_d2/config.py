@@ -42,6 +42,9 @@ def add_refbn_config(cfg: CN) -> None:
     # 0 never does (the paper's text), 1 is the literal reading of its Algorithm 2.
     _C.MODEL.REFBN.REFERENCE.REFRESH_PERIOD = 0
 
+    # How many of the newest checkpoints stay on the disk, besides the final one; 0 keeps all.
+    _C.SOLVER.CHECKPOINT_MAX_TO_KEEP = 3
+
     # For SAMPLER_TRAIN "GroupedTrainingSampler": the share of a batch that comes from one group
     # (style or main category), 0 (i.i.d.) to 1.
     _C.DATALOADER.GROUPING_STRENGTH = 0.0
@@ -49,9 +52,18 @@ def add_refbn_config(cfg: CN) -> None:
     # What computes AP: "hotcoco" (seconds) or "pycocotools" (minutes on COCO val), same numbers.
     _C.TEST.COCO_BACKEND = "hotcoco"
 
-    # Of the meta-architecture ImageClassifier.
+    # Of the meta-architectures ImageClassifier and TorchvisionClassifier.
     _C.MODEL.CLASSIFIER = CN()
     _C.MODEL.CLASSIFIER.NUM_CLASSES = 1000
+    # The share of each label that the loss spreads over all classes, in [0, 1).
+    _C.MODEL.CLASSIFIER.LABEL_SMOOTHING = 0.0
+    # Of TorchvisionClassifier: "lenet5", "vgg16_32x32", or the name of one of torchvision's
+    # classifiers, or "timm/" and that of one of timm.
+    _C.MODEL.CLASSIFIER.NETWORK = "resnet50"
+    # Takes the place of each BatchNorm of the network; "" leaves none.
+    _C.MODEL.CLASSIFIER.NORM = "BN"
+    # Pixels before channels in memory: faster with SOLVER.AMP.ENABLED on a GPU.
+    _C.MODEL.CLASSIFIER.CHANNELS_LAST = False
 
 
 def load_config(path: str, opts: Optional[List[str]] = None) -> CN:
@@ -142,9 +154,21 @@ def _check(cfg: CN) -> None:
         )
     if not -1 <= cfg.SEED < 2**31:
         raise UserError(f"SEED is {cfg.SEED}: use a whole number >= 0, or -1 for a random one")
+    if not 0 <= cfg.MODEL.CLASSIFIER.LABEL_SMOOTHING < 1:
+        raise UserError(
+            f"MODEL.CLASSIFIER.LABEL_SMOOTHING is {cfg.MODEL.CLASSIFIER.LABEL_SMOOTHING}: "
+            "use 0 to less than 1"
+        )
+    if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":
+        raise UserError("SOLVER.AMP.ENABLED is True: it needs a GPU; without, set it to False")
     if not 0 <= cfg.DATALOADER.GROUPING_STRENGTH <= 1:
         raise UserError(
             f"DATALOADER.GROUPING_STRENGTH is {cfg.DATALOADER.GROUPING_STRENGTH}: use 0 to 1"
+        )
+    if cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP < 0:
+        raise UserError(
+            f"SOLVER.CHECKPOINT_MAX_TO_KEEP is {cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP}: use a whole "
+            "number >= 0"
         )
     for key in ("SEED", "NUM_IMAGES", "REFRESH_PERIOD"):
         if not 0 <= reference[key] < 2**32:

@@ -1,10 +1,11 @@
 """Mistakes of a user: reported on one line, never with a traceback."""
 
+import errno
 import functools
 import logging
 import re
 import sys
-from typing import Callable
+from typing import Callable, Optional
 
 __all__ = ["UserError", "one_line_errors", "quiet_user_errors"]
 
@@ -14,22 +15,37 @@ class UserError(Exception):
 
 
 class _NoTraceback(logging.Filter):
-    """Takes the traceback off log records of user errors (TrainerBase logs every exception)."""
+    """Puts the line for the user in place of the traceback (TrainerBase logs every exception)."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.exc_info and _user_message(record.exc_info[1]) is not None:
-            record.exc_info = None
-            record.exc_text = None
+        message = _user_message(record.exc_info[1]) if record.exc_info else None
+        if message is not None:
+            record.msg, record.args = f"{record.getMessage().strip()} {message}", ()
+            record.exc_info = record.exc_text = None
         return True
 
 
-def _user_message(error: BaseException):
-    """The line to show if ``error`` is a user's mistake, also one of a worker process; or None."""
+def _user_message(error: BaseException) -> Optional[str]:
+    """The line to show if ``error`` is a user's mistake, also one of a worker process; or None.
+
+    So are a full disk, and the end of another process, which the survivors only hear of.
+    """
     # Worker processes (data loader, launch) put the remote traceback into the message.
     remote = re.findall(r"^(?:refbn_d2[\w.]*)?\bU\w+Error: (.*)$", str(error), flags=re.MULTILINE)
     if remote:
-        return _shortened(remote[-1])
-    return _shortened(" ".join(str(error).split())) if isinstance(error, UserError) else None
+        return remote[-1]
+    # A loss that is not finite: logged before it becomes a UserError.
+    if isinstance(error, (UserError, FloatingPointError)):
+        return " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = error.filename or "a file of the run"
+        return f"{where} cannot be written: {error.strerror}; make room, start again with --resume"
+    if type(error).__name__ == "DistBackendError" or "gloo/transport" in str(error):
+        return (
+            "the connection to another process of the run is lost: it has ended, and says why if "
+            "it could; start again with --resume"
+        )
+    return None
 
 
 def _shortened(line: str) -> str:
@@ -54,7 +70,7 @@ def one_line_errors(main: Callable) -> Callable:
             message = _user_message(e)
             if message is None:
                 raise
-            print(f"error: {message}", file=sys.stderr)
+            print(f"error: {_shortened(message)}", file=sys.stderr)
             sys.exit(1)
         except KeyboardInterrupt:
             print("interrupted; run the same command again to go on", file=sys.stderr)

@@ -31,6 +31,8 @@ NORMS: Dict[str, Callable[[int], nn.Module]] = {
     "IN": InstanceNorm2d,
     # GN's 32 groups do not divide the channels of a ResNet of a quarter the width; 8 are its match.
     "GN8": functools.partial(nn.GroupNorm, 8),
+    # Layer normalization as in the papers: over channels, height and width. (See LN below.)
+    "GN1": functools.partial(nn.GroupNorm, 1),
 }
 
 # Upstream's, for versions that lack them (0.6). LN is over the channels of each pixel.

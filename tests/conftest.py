@@ -53,17 +53,31 @@ class Result(NamedTuple):
 @pytest.fixture
 def train_net(monkeypatch, capfd) -> Callable[..., Result]:
     """``tools/train_net.py`` with these arguments, but in this process: starting one takes long."""
+    from refbn_d2.engine import Trainer
+
+    return _command(Trainer, monkeypatch, capfd)
+
+
+@pytest.fixture
+def train_classifier(monkeypatch, capfd) -> Callable[..., Result]:
+    """``tools/train_classifier.py``, likewise."""
+    from refbn_d2.classification import ClassificationTrainer
+
+    return _command(ClassificationTrainer, monkeypatch, capfd)
+
+
+def _command(trainer_class, monkeypatch, capfd) -> Callable[..., Result]:
     from detectron2.utils import logger
 
-    from refbn_d2.engine import Trainer, train_command
+    from refbn_d2.engine import train_command
 
     def run(*args: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["train_net.py", "--num-gpus", "0", *map(str, args)])
+        monkeypatch.setattr(sys, "argv", ["train.py", "--num-gpus", "0", *map(str, args)])
         state = torch.random.get_rng_state()
         capfd.readouterr()
         status = 0
         try:
-            train_command(Trainer, "")
+            train_command(trainer_class, "")
         except SystemExit as e:
             status = e.code
         finally:

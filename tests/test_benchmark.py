@@ -1,9 +1,17 @@
 """What the benchmark measures is what it says."""
 
+from pathlib import Path
+
 import torch
+from tiny import opts
 from torch import nn
 
-from refbn_d2.benchmark import PlainRefBatchNorm2d, layer_times
+from refbn_d2.benchmark import (
+    PlainRefBatchNorm2d,
+    SyncKernelsBatchNorm2d,
+    layer_times,
+    model_times,
+)
 from refbn_d2.norms import RefBatchNorm2d
 
 
@@ -14,10 +22,12 @@ def _times(**norms):
 
 def test_every_norm_is_measured_against_batch_norm():
     times = _times(RefBN=RefBatchNorm2d)
-    assert times["BN"]["ratio"] == 1
     for t in times.values():
-        assert 0 < t["both"]["low"] <= t["both"]["median"] <= t["both"]["high"]
+        for what in ("forward", "backward", "both"):
+            assert 0 < t[what]["low"] <= t[what]["median"] <= t[what]["high"]
+            assert t[what]["ratio"] > 0 and t[what]["floor_ratio"] > 0
         assert t["forward"]["median"] + t["backward"]["median"] < 10  # seconds, not milliseconds
+    assert times["BN"]["forward"]["ratio"] == times["BN"]["backward"]["ratio"] == 1
 
 
 def test_refbn_keeps_no_more_for_backward_than_batch_norm():
@@ -38,3 +48,21 @@ def test_the_plain_formula_is_the_same_norm():
         results.append((y.detach(), *torch.autograd.grad((y**2).sum(), (x, norm.weight))))
     for ours, plain in zip(*results):
         torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)
+
+
+def test_the_kernels_of_syncbn_are_batch_norm():
+    x = torch.randn(3, 4, 5, 6)
+    wanted = torch.nn.functional.batch_norm(x, None, None, training=True)
+    torch.testing.assert_close(SyncKernelsBatchNorm2d(4)(x), wanted)
+
+
+def test_models_are_measured_against_the_first():
+    config = Path(__file__).parents[1] / "configs/Quick/mask_rcnn_R_50_C4_quick_{}.yaml"
+    configs = {n: str(config).format(n.lower()) for n in ("BN", "RefBN")}
+    options = opts(MODEL__WEIGHTS="")
+    times = model_times(configs, 1, (64, 96), options, 2)
+    assert list(times) == ["BN", "RefBN"]
+    for t in times.values():
+        assert t["peak_bytes"] > 50e6
+        assert 0 < t["inference"]["median"] and 0 < t["step"]["median"] < 60
+    assert times["BN"]["step"]["ratio"] == times["BN"]["inference"]["ratio"] == 1

@@ -1,6 +1,8 @@
 """Mistakes of a user end in one line, everything else in a traceback."""
 
+import errno
 import logging
+import re
 
 import pytest
 import torch
@@ -74,3 +76,30 @@ def test_the_log_has_no_traceback_of_a_mistake(caplog):
 
 def test_arguments_and_result_pass_through():
     assert one_line_errors(lambda a, b=0: a + b)(1, b=2) == 3
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "out/log"), "out/log cannot .*No space"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "a file of the run cannot .*quota"),
+        (RuntimeError("[x/gloo/transport/tcp/pair.cc:545] Connection reset by peer"), "is lost"),
+    ],
+)
+def test_a_full_disk_and_a_lost_process_are_one_line(capsys, error, message):
+    with pytest.raises(SystemExit) as e:
+        _command(error)()
+    line = capsys.readouterr().err
+    assert e.value.code == 1 and line.count("\n") == 1
+    assert re.search(f"error: .*{message}.*--resume", line)
+
+
+def test_the_log_has_the_line_in_place_of_the_traceback(caplog):
+    with pytest.raises(SystemExit):  # the filter is there from here on
+        _command(UserError("unused"))()
+    try:
+        raise RuntimeError("in gloo/transport/tcp/pair.cc") from None
+    except RuntimeError:
+        logging.getLogger("detectron2.engine.train_loop").exception("Exception during training:")
+    record = caplog.records[-1]
+    assert record.exc_info is None and "training: the connection to" in record.getMessage()

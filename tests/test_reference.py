@@ -1,16 +1,14 @@
 """Capturing on one process and on several, against one pass and against a float64 oracle."""
 
 import random
-from datetime import timedelta
 
 import numpy as np
+import processes
 import pytest
 import tiny
 import torch
 from detectron2.structures import ImageList
 from detectron2.utils.events import EventStorage
-from torch import distributed as dist
-from torch import multiprocessing as mp
 from torch import nn
 
 from refbn_d2 import RefBatchNorm2d, capture_reference
@@ -154,34 +152,20 @@ def _detector(data):
     return Trainer.build_model(cfg), Trainer.load_reference_batch(cfg)
 
 
-def _run(rank, world_size, folder, data, num_images):
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store{world_size}_{num_images}"
-    timeout = timedelta(seconds=60)
-    dist.init_process_group(
-        "gloo", init_method=store, rank=rank, world_size=world_size, timeout=timeout
-    )
-    try:
-        results = {}
-        if num_images is None:
-            model, batch = _detector(data)
-            results["record"] = capture_reference(model, batch, seed=1)
-        else:
-            model = _net()
-            results["record"] = capture_reference(model, _batch(SIZES[:num_images]), seed=1)
-        results["references"] = _references(model)
-        results["held"] = [m.has_reference for m in reference_layers(model).values()]
-        torch.save(results, f"{folder}/{world_size}_{num_images}_{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def _save_capture(rank, world_size, folder, data, num_images):
+    if num_images is None:
+        model, batch = _detector(data)
+    else:
+        model, batch = _net(), _batch(SIZES[:num_images])
+    results = {"record": capture_reference(model, batch, seed=1)}
+    results["references"] = _references(model)
+    results["held"] = [m.has_reference for m in reference_layers(model).values()]
+    torch.save(results, f"{folder}/{rank}.pt")
 
 
-def _spawn(world_size, folder, data, num_images):
-    # One server imports torch and detectron2, which takes seconds, and the processes fork from it.
-    mp.set_forkserver_preload(["refbn_d2.engine", "tiny"])
-    args = world_size, str(folder), data, num_images
-    mp.start_processes(_run, args, world_size, start_method="forkserver")
-    files = [f"{folder}/{world_size}_{num_images}_{rank}.pt" for rank in range(world_size)]
+def _capture(world_size, folder, data, num_images):
+    processes.run_group(world_size, _save_capture, str(folder), data, num_images)
+    files = [f"{folder}/{rank}.pt" for rank in range(world_size)]
     return [torch.load(f, weights_only=True) for f in files]
 
 
@@ -196,7 +180,7 @@ def _assert_same_on_every_rank(results):
 @pytest.mark.parametrize("world_size, num_images", [(2, 4), (4, 3), (2, 1)])
 def test_processes_share_the_reference_of_the_whole_batch(tmp_path, world_size, num_images):
     """Also unevenly, and with fewer images than processes."""
-    results = _spawn(world_size, tmp_path, None, num_images)
+    results = _capture(world_size, tmp_path, None, num_images)
     _assert_same_on_every_rank(results)
     _assert_close(results[0]["references"], _oracle(_net(), SIZES[:num_images]))
 
@@ -206,7 +190,7 @@ def test_detector_on_processes_equals_one_with_the_whole_batch(tiny_data, tmp_pa
     model, batch = _detector(tiny_data)
     assert len({tuple(d["image"].shape) for d in batch}) > 1
     record = capture_reference(model, batch, seed=1)
-    results = _spawn(world_size, tmp_path, tiny_data, None)
+    results = _capture(world_size, tmp_path, tiny_data, None)
     _assert_same_on_every_rank(results)
     assert len(record) == 53
     counts = {n: r["count"] for n, r in record.items()}

@@ -1,6 +1,7 @@
-"""The classification track: pretraining a backbone with the norm that the detector will have."""
+"""The classification track: the paper's classifiers, and pretraining a backbone with the norm that
+the detector will have."""
 
-from .classifier import ImageClassifier
+from .classifier import ImageClassifier, TorchvisionClassifier
 from .trainer import ClassificationTrainer
 
-__all__ = ["ClassificationTrainer", "ImageClassifier"]
+__all__ = ["ClassificationTrainer", "ImageClassifier", "TorchvisionClassifier"]

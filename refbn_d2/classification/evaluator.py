@@ -1,12 +1,22 @@
 """Top-1 and top-5 error."""
 
-import itertools
 from collections import OrderedDict
 
+import torch
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
-__all__ = ["ClassificationEvaluator"]
+from .classifier import collate, right
+
+__all__ = ["ClassificationEvaluator", "errors"]
+
+
+def errors(counts: torch.Tensor) -> "OrderedDict[str, float]":
+    """Error rates in percent from the counts that :func:`right` returns, or sums of them."""
+    total, top1, top5 = counts.tolist()
+    return OrderedDict(
+        top1_error=100 * (total - top1) / total, top5_error=100 * (total - top5) / total
+    )
 
 
 class ClassificationEvaluator(DatasetEvaluator):
@@ -14,17 +24,14 @@ class ClassificationEvaluator(DatasetEvaluator):
     1 or 5 classes with the highest scores."""
 
     def reset(self):
-        self._hits = []  # per image (top-1, top-5)
+        self._counts = torch.zeros(3, dtype=torch.int64)
 
     def process(self, inputs, outputs):
-        for d, output in zip(inputs, outputs):
-            scores = output["scores"]
-            best = scores.topk(min(5, len(scores))).indices.tolist()
-            self._hits.append((best[0] == d["label"], d["label"] in best))
+        scores = torch.stack([output["scores"] for output in outputs])
+        self._counts += right(scores, collate(inputs)["label"].to(scores.device)).cpu()
 
     def evaluate(self):
-        hits = list(itertools.chain(*comm.gather(self._hits)))
+        counts = sum(comm.gather(self._counts))
         if not comm.is_main_process():
             return {}
-        errors = [100 * (1 - sum(h[k] for h in hits) / len(hits)) for k in (0, 1)]
-        return OrderedDict(classification={"top1_error": errors[0], "top5_error": errors[1]})
+        return OrderedDict(classification=errors(counts))

@@ -1,18 +1,23 @@
-"""Reading weights: a file that does not fit the model is an error, not a warning in a long log."""
+"""Checkpoints that survive a crash, and weights that do not fit the model as an error."""
 
 import os
 import re
-from typing import Any, Dict
+import zipfile
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
 from unittest import mock
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer, detection_checkpoint
+from detectron2.utils import comm
 
 from ..errors import UserError
+from ..files import PARTIAL, atomic_write
 from . import safe_pickle
 
 __all__ = ["Checkpointer"]
 
+_CHECKPOINT = re.compile(r"model_(\d{7,}|final)\.pth")
 _RESNET_WEIGHT = re.compile(r"res\d\.\d+\.(conv\d|shortcut)(\.norm)?\.weight$")
 # Where it is missing, BatchNorm was fused into the weights: a live norm cannot start from those. Or
 # a reference has lost a part. (A file without any reference is not said to miss one.)
@@ -22,11 +27,140 @@ _RESNET_STATISTICS = re.compile(
 
 
 class Checkpointer(DetectionCheckpointer):
-    """DetectionCheckpointer that refuses weights of another architecture.
+    """DetectionCheckpointer whose files are whole or not there, and that resumes from whole ones.
 
-    Upstream loads what fits and logs the rest, which trains a network from random weights after a
-    typing error. Heads may differ (other classes); a backbone may not.
+    It refuses weights of another architecture: upstream loads what fits and logs the rest, which
+    trains a network from random weights after a typing error. Heads may differ (other classes); a
+    backbone may not.
+
+    Attributes:
+        resumed_from: the checkpoint that training goes on from, or ''.
     """
+
+    resumed_from = ""
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Writes a checkpoint that takes its name when all of it is on the disk.
+
+        Raises:
+            UserError: a weight is not finite, or the disk is full. Older checkpoints stay.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        for weight, value in self.model.named_parameters():
+            if not value.isfinite().all():
+                raise UserError(
+                    f"training diverged: {weight} is not finite, checkpoint {name} is not written"
+                    f"; {self.last_good()}"
+                )
+        if not os.path.isdir(self.save_dir):  # remote storage
+            return super().save(name, **kwargs)
+        data = {key: value.state_dict() for key, value in self.checkpointables.items()}
+        data = {"model": self.model.state_dict(), **data, **kwargs}
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info("Saving checkpoint to %s", path)
+        try:
+            with atomic_write(path, "wb") as f:
+                torch.save(data, f)
+            self.tag_last_checkpoint(os.path.basename(path))
+        except (OSError, RuntimeError) as e:  # torch may raise one of its own after the disk's
+            reason = next((c for c in (e, e.__context__) if isinstance(c, OSError)), None)
+            if reason is None:
+                raise
+            raise UserError(
+                f"checkpoint {path} cannot be written: {reason.strerror}; {self.last_good()}. Make "
+                "room and start again with --resume"
+            ) from e
+
+    def last_good(self) -> str:
+        """Which checkpoint there is to go back to, in words."""
+        path = self.get_checkpoint_file()
+        return f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        # Upstream empties the file first; a run killed in that moment could not resume.
+        if not os.path.isdir(self.save_dir):  # remote storage
+            return super().tag_last_checkpoint(last_filename_basename)
+        with atomic_write(os.path.join(self.save_dir, "last_checkpoint")) as f:
+            f.write(last_filename_basename)
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> Dict[str, Any]:
+        """As upstream, but resumes from the newest checkpoint that is intact.
+
+        That is the one which ``last_checkpoint`` names, or else the one written last.
+
+        Raises:
+            UserError: there are checkpoints, but all are damaged.
+        """
+        self.resumed_from = self._newest_intact() if resume else ""
+        if self.resumed_from:
+            return self.load(self.resumed_from)
+        return self.load(path, checkpointables=[])
+
+    def earlier_checkpoints(self, iteration: int) -> List[str]:
+        """Paths of the checkpoints before that of ``iteration`` but the final one, oldest first."""
+        files = {p.stem: str(p) for p in self._files() if p.stem != "model_final"}
+        iterations = sorted(int(name[len("model_") :]) for name in files)
+        return [files[f"model_{i:07d}"] for i in iterations if i < iteration]
+
+    def _files(self) -> List[Path]:
+        found = Path(self.save_dir).glob("model_*.pth")
+        return [p for p in found if _CHECKPOINT.fullmatch(p.name)]
+
+    def _newest_intact(self) -> str:
+        """The checkpoint to resume from, the same on every process, or ''."""
+        if "://" in self.save_dir:
+            return self.get_checkpoint_file() if self.has_checkpoint() else ""
+        found, skipped = "", []
+        if comm.is_main_process():
+            found, skipped = self._search()
+        found, skipped = comm.all_gather((found, skipped))[0]
+        if skipped and not found:
+            raise UserError(
+                f"no checkpoint in {self.save_dir} is intact: {'; '.join(skipped)}. Start again "
+                "without --resume"
+            )
+        if found and not os.path.isfile(found):
+            raise UserError(
+                f"checkpoint {found} is not on this machine: OUTPUT_DIR must be one folder that "
+                "all machines share"
+            )
+        return found
+
+    def _search(self) -> Tuple[str, List[str]]:
+        """The checkpoint or '', and why others were skipped."""
+        tagged = self.get_checkpoint_file()
+        if self.checkpointables:  # to train on; an evaluation may look at a run that is going on
+            for leftover in Path(self.save_dir).glob("*" + PARTIAL):
+                leftover.unlink()
+        files = sorted(map(str, self._files()), key=os.path.getmtime, reverse=True)
+        skipped = []
+        for path in dict.fromkeys([tagged, *files] if tagged else files):
+            damage = self._damage(path)
+            if not damage:
+                return path, skipped
+            self.logger.warning("Skipped checkpoint %s: %s", path, damage)
+            skipped.append(f"{path}: {damage}")
+        return "", skipped
+
+    def _damage(self, path: str) -> str:
+        """Why training cannot go on from a checkpoint, or ''.
+
+        torch.save keeps a checksum (CRC-32) of every record, as zip files do; torch.load does not
+        look at it.
+        """
+        try:
+            with zipfile.ZipFile(path) as f:
+                record = f.testzip()
+            if record:
+                return f"{record} does not have its checksum"
+            content = safe_pickle.load_torch(path)
+            missing = [k for k in ("model", *self.checkpointables) if k not in content]
+            return f"it has no {missing[0]!r}" if missing else ""
+        except OSError as e:
+            return e.strerror
+        except Exception as e:  # whatever reading a damaged file may raise
+            return (str(e).splitlines() or [type(e).__name__])[0]
 
     def load(self, path: str, checkpointables=None) -> Dict[str, Any]:
         # Upstream takes options behind a question mark.
@@ -43,15 +177,6 @@ class Checkpointer(DetectionCheckpointer):
         except Exception as e:  # whatever reading and using a damaged file may raise
             reason = (str(e).split(". ")[0].splitlines() or [type(e).__name__])[0]
             raise UserError(f"weights {path!r} cannot be read: {reason}") from e
-
-    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        # Upstream empties the file first; a run killed in that moment could not resume.
-        path = os.path.join(self.save_dir, "last_checkpoint")
-        if not os.path.isdir(self.save_dir):  # remote storage
-            return super().tag_last_checkpoint(last_filename_basename)
-        with open(path + ".partial", "w") as f:
-            f.write(last_filename_basename)
-        os.replace(path + ".partial", path)
 
     def _load_file(self, filename: str):
         # A plain unpickler runs whatever a file asks it to.

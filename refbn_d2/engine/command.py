@@ -2,11 +2,13 @@
 
 from typing import Type
 
-from detectron2.engine import default_argument_parser, launch
+from detectron2.engine import default_argument_parser
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
+from ..config import load_config
 from ..errors import one_line_errors, quiet_user_errors
+from .launcher import start
 from .trainer import Trainer, setup
 
 __all__ = ["train_command"]
@@ -34,16 +36,12 @@ def _run(args, trainer_class: Type[Trainer]):
 def train_command(trainer_class: Type[Trainer], usage: str) -> None:
     """Parses the command line and trains or evaluates, in as many processes as it asks for.
 
+    They are started by ``--num-gpus`` and ``--num-machines``, or by torchrun or srun.
+
     Args:
         trainer_class: what trains.
         usage: the text of ``--help`` above the options' list.
     """
     args = default_argument_parser(usage).parse_args()
-    launch(
-        _run,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args, trainer_class),
-    )
+    device = load_config(args.config_file, args.opts).MODEL.DEVICE
+    start(_run, args, device, (args, trainer_class))

@@ -16,6 +16,7 @@ from ..errors import UserError
 __all__ = ["Cell", "load_matrix"]
 
 _KEYS = {"DETECTOR", "CLASSIFIER", "NORMS", "SEEDS", "IMS_PER_BATCH", "GROUPING_STRENGTH", "OPTS"}
+_KEYS |= {"CLASSIFIER_OPTS", "PROTOCOL"}
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class Cell:
         ims_per_batch: SOLVER.IMS_PER_BATCH, over all processes.
         grouping: DATALOADER.GROUPING_STRENGTH, 0 for i.i.d. batches.
         opts: further KEY VALUE pairs for the detector.
+        pretraining_opts: further KEY VALUE pairs for the pretraining.
+        protocol: how norms are compared, in words; runs are compared within one protocol. May be
+            empty.
     """
 
     name: str
@@ -43,15 +47,15 @@ class Cell:
     ims_per_batch: int
     grouping: float
     opts: Tuple[str, ...]
+    pretraining_opts: Tuple[str, ...] = ()
+    protocol: str = ""
 
     @property
     def folder(self) -> Path:
         """Below the output folder."""
-        return Path(
-            _folder_name(self.name),
-            f"batch{self.ims_per_batch}_grouping{self.grouping:g}",
-            f"seed{self.seed}",
-        )
+        protocol, name = _folder_name(self.protocol), _folder_name(self.name)
+        condition = f"batch{self.ims_per_batch}_grouping{self.grouping:g}"
+        return Path(protocol, name, condition, f"seed{self.seed}")
 
     @property
     def classifier_folder(self) -> Path:
@@ -77,9 +81,13 @@ class Cell:
             opts += ["DATALOADER.GROUPING_STRENGTH", self.grouping]
         return [*self.opts, *map(str, opts)]
 
+    @property
+    def pretraining(self) -> Tuple[Optional[str], ...]:
+        return (self.classifier, *self.pretraining_opts)
+
     def classifier_opts(self) -> List[str]:
         """KEY VALUE pairs for the classifier's config."""
-        return ["SEED", str(self.seed)]
+        return [*self.pretraining_opts, "SEED", str(self.seed)]
 
     def settings(self) -> Dict[str, Optional[str]]:
         """Hashes of what decides the result besides the code: both configs, bases included."""
@@ -103,8 +111,9 @@ def load_matrix(path: str) -> List[Cell]:
     """Reads a matrix file: the product of the axes below, or a list of such products.
 
     Their keys, config paths relative to the file: DETECTOR and CLASSIFIER (optional), with {norm}
-    in lower case; NORMS, a list of norm types or of {name, norm, pretrained, opts}; lists SEEDS,
-    IMS_PER_BATCH, GROUPING_STRENGTH; OPTS, KEY VALUE pairs for all runs.
+    or {pretrained} in lower case; NORMS, a list of norm types or of {name, norm, pretrained, opts};
+    lists SEEDS, IMS_PER_BATCH, GROUPING_STRENGTH; OPTS and CLASSIFIER_OPTS, KEY VALUE pairs for all
+    runs and all pretraining; PROTOCOL, the name of the product where there are several.
 
     Raises:
         UserError: the file is missing, malformed, or names a config that does not exist.
@@ -119,7 +128,16 @@ def load_matrix(path: str) -> List[Cell]:
         cells += _cells(path, part)
     folders = [c.folder for c in cells]
     if len(set(folders)) < len(folders):
-        raise UserError(f"matrix {path}: two runs have the same name, seed, batch and grouping")
+        raise UserError(
+            f"matrix {path}: two runs have the same protocol, name, seed, batch and grouping"
+        )
+    stages: Dict[Path, Cell] = {}
+    for cell in (c for c in cells if c.classifier):
+        first = stages.setdefault(cell.classifier_folder, cell)
+        if first.pretraining != cell.pretraining:
+            raise UserError(
+                f"matrix {path}: {cell.pretrained} is pretrained in two ways; use two matrices"
+            )
     return cells
 
 
@@ -150,8 +168,11 @@ def _check_part(path: str, part: Dict[str, Any]) -> None:
                 f"matrix {path}: NORMS is {entries!r}: use a list of norm types or of "
                 "{name, norm, pretrained, opts}"
             )
+    if not isinstance(part.get("PROTOCOL", ""), str):
+        raise UserError(f"matrix {path}: PROTOCOL is {part['PROTOCOL']!r}: use a name")
     for opts in [
         part.get("OPTS", []),
+        part.get("CLASSIFIER_OPTS", []),
         *(e.get("opts", []) for e in entries if isinstance(e, dict)),
     ]:
         if not isinstance(opts, list):
@@ -179,7 +200,8 @@ def _cells(path: str, matrix: Dict[str, Any]) -> List[Cell]:
         files = {}
         for key, kind in (("DETECTOR", norm), ("CLASSIFIER", pretrained)):
             if key in matrix:
-                file = folder / matrix[key].replace("{norm}", kind.lower())
+                file = matrix[key].replace("{norm}", kind.lower())
+                file = folder / file.replace("{pretrained}", pretrained.lower())
                 if not file.is_file():
                     raise UserError(f"matrix {path}: {key} of norm {kind}: {file} does not exist")
                 files[key] = str(file)
@@ -196,6 +218,8 @@ def _cells(path: str, matrix: Dict[str, Any]) -> List[Cell]:
                 ims_per_batch=int(ims_per_batch or default),
                 grouping=float(grouping),
                 opts=opts,
+                pretraining_opts=tuple(str(o) for o in matrix.get("CLASSIFIER_OPTS", [])),
+                protocol=matrix.get("PROTOCOL", ""),
             )
         )
     return cells

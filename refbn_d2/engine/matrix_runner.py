@@ -16,9 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..config import load_config
 from ..errors import UserError
 from ..evaluation.inputs import read_json
+from ..files import atomic_write
 from .matrix import Cell
 
-__all__ = ["run_matrix"]
+__all__ = ["is_finished", "is_pretrained", "run_matrix"]
 
 # What the tools of the same names do.
 _TRAIN_NET = "from refbn_d2.engine import Trainer, train_command; train_command(Trainer, '')"
@@ -26,11 +27,23 @@ _TRAIN_CLASSIFIER = (
     "from refbn_d2.classification import ClassificationTrainer; "
     "from refbn_d2.engine import train_command; train_command(ClassificationTrainer, '')"
 )
-_CONVERT = "import sys; from refbn_d2.classification.convert import convert; convert(*sys.argv[1:])"
+
+_BACKBONE = "backbone.pth"
+
+
+def is_pretrained(cell: Cell, output: Path) -> bool:
+    """Whether the backbone that the cell starts from is trained and converted."""
+    return (output / cell.classifier_folder / _BACKBONE).exists()
+
+
+def is_finished(cell: Cell, output: Path) -> bool:
+    """Whether the cell is trained and evaluated."""
+    file = output / cell.folder / "run.json"
+    return file.exists() and _read(file).get("status") == "finished"
 
 
 class _Failed(Exception):
-    """A command of a cell failed; the message is the last line it printed."""
+    """A step of a cell failed; the message is one line."""
 
 
 class _Runner:
@@ -100,33 +113,36 @@ class _Runner:
 
     def pretrain(self, cell: Cell) -> None:
         folder = self._output / cell.classifier_folder
-        weights = folder / "backbone.pth"
-        if self._stop.is_set() or weights.exists():
+        if self._stop.is_set() or is_pretrained(cell, self._output):
             return
         _write(folder / "pretraining.json", {"settings": cell.settings()})
         label = f"pretraining {cell.pretrained}, seed {cell.seed}"
         self._train(_TRAIN_CLASSIFIER, cell.classifier, folder, cell.classifier_opts(), label)
-        self._command(folder, _CONVERT, str(folder / "model_final.pth"), str(weights))
+        from ..classification.convert import convert  # which stands above the engine
+
+        try:
+            convert(str(folder / "model_final.pth"), str(folder / _BACKBONE))
+        except UserError as e:
+            raise _Failed(str(e)) from None
 
     def detect(self, cell: Cell, pretraining_error: Optional[str]) -> Dict[str, Any]:
         folder = self._output / cell.folder
         file = folder / "run.json"
         record = _record(cell)
-        if file.exists():
-            before = _read(file)
-            if before.get("status") == "finished":
-                return before
+        if is_finished(cell, self._output):
+            return _read(file)
         if self._stop.is_set():
             return {**record, "status": "interrupted"}
         _write(file, {**record, "status": "running"})
         opts = cell.detector_opts()
         if cell.classifier:
-            weights = self._output / cell.classifier_folder / "backbone.pth"
+            weights = self._output / cell.classifier_folder / _BACKBONE
             opts += ["MODEL.WEIGHTS", str(weights)]
         try:
             if pretraining_error:
                 raise _Failed(pretraining_error)
-            label = f"{cell.name}, batch {cell.ims_per_batch}, grouping {cell.grouping:g}"
+            protocol = f"{cell.protocol}, " if cell.protocol else ""
+            label = f"{protocol}{cell.name}, batch {cell.ims_per_batch}, grouping {cell.grouping:g}"
             self._train(_TRAIN_NET, cell.config, folder, opts, f"{label}, seed {cell.seed}")
             record["status"] = "finished"
         except _Failed as e:
@@ -152,6 +168,7 @@ def _record(cell: Cell) -> Dict[str, Any]:
         "seed": cell.seed,
         "ims_per_batch": cell.ims_per_batch,
         "grouping": cell.grouping,
+        **({"protocol": cell.protocol} if cell.protocol else {}),
         "gt": metadata.get("json_file"),
         "image_root": metadata.get("image_root"),
         "settings": cell.settings(),
@@ -166,10 +183,12 @@ def _read(file: Path) -> Dict[str, Any]:
 
 
 def _write(path: Path, record: Dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1))
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(str(path)) as f:
+            json.dump(record, f, indent=1)
+    except OSError as e:
+        raise UserError(f"{path} cannot be written: {e.strerror}") from None
 
 
 def run_matrix(cells: List[Cell], output: Path, num_gpus: int, jobs: int) -> List[Dict[str, Any]]:

@@ -3,7 +3,8 @@
 import logging
 import os
 import weakref
-from typing import Any, Dict, List
+from typing import Any, Dict, Iterator, List, Optional
+from unittest import mock
 
 from detectron2.config import CfgNode
 from detectron2.data import (
@@ -14,9 +15,16 @@ from detectron2.data import (
     build_detection_train_loader,
     get_detection_dataset_dicts,
 )
-from detectron2.engine import DefaultTrainer, default_setup
-from detectron2.engine.hooks import PreciseBN
+from detectron2.engine import (
+    DefaultTrainer,
+    HookBase,
+    create_ddp_model,
+    default_setup,
+    defaults,
+    hooks,
+)
 from detectron2.utils import comm
+from detectron2.utils.events import JSONWriter
 from detectron2.utils.logger import setup_logger
 from torch.utils.data import Dataset, RandomSampler, Sampler
 
@@ -31,7 +39,9 @@ from ..evaluation.coco_evaluator import FastCOCOEvaluator
 from ..reference import reference_layers
 from ..rng import forked_rng
 from .checkpoint import Checkpointer
-from .hooks import ExactResume, ProgressBar, ReferenceHook
+from .hooks import EvalHook, ExactResume, ProgressBar, ReferenceHook
+from .metrics import MetricsWriter
+from .signals import StopOnSignal
 from .statistics import StatisticsHook, recompute_statistics
 
 __all__ = ["Trainer", "setup"]
@@ -71,10 +81,10 @@ def _check_resumable(cfg: CfgNode) -> None:
     path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
     if not os.path.isfile(path):
         return
-    content = plain_yaml.read(path)
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: is no config, but a {type(content).__name__}")
-    before = _norm_keys(content)
+    try:
+        before = _norm_keys(plain_yaml.read(path) or {})
+    except UserError:  # the run was killed while it wrote the file
+        return
     for key, value in _norm_keys(cfg).items():
         if before.get(key, value) != value:
             raise UserError(
@@ -83,14 +93,28 @@ def _check_resumable(cfg: CfgNode) -> None:
             )
 
 
-class Trainer(DefaultTrainer):
-    """DefaultTrainer for RefBN: captures the reference before the first step.
+def _ddp(model, **kwargs):
+    # Upstream names the GPU of the local rank, which a model on the CPU refuses.
+    device = next(model.parameters()).device
+    device_ids = [device.index] if device.type == "cuda" else None
+    return create_ddp_model(model, device_ids=device_ids, **kwargs)
 
-    Everything else is detectron2's: hooks, writers, checkpoints, evaluation.
+
+class Trainer(DefaultTrainer):
+    """DefaultTrainer for RefBN, which can be interrupted at any moment and resumes exactly.
+
+    It captures the reference before the first step. Everything else is detectron2's: hooks,
+    writers, checkpoints, evaluation.
+
+    Attributes:
+        metrics: what writes metrics.json, on the main process.
     """
 
+    metrics: Optional[MetricsWriter] = None
+
     def __init__(self, cfg: CfgNode):
-        super().__init__(cfg)
+        with mock.patch.object(defaults, "create_ddp_model", _ddp):
+            super().__init__(cfg)
         self._check_evaluation(cfg)
         self.checkpointer = self.build_checkpointer(
             cfg, self._trainer.model, trainer=weakref.proxy(self)
@@ -105,6 +129,43 @@ class Trainer(DefaultTrainer):
             with dataset_errors([name]):
                 check_dicts(DatasetCatalog.get(name), annotation_files([name]))
                 self.build_evaluator(cfg, name)
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """As upstream; what an interrupted run did after the checkpoint is taken back.
+
+        Raises:
+            UserError: see :class:`Checkpointer`.
+        """
+        self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        self.start_iter = self.iter + 1 if self.checkpointer.resumed_from else 0
+        if resume and comm.is_main_process():
+            self.metrics.rewind(self.start_iter)
+            kept = self.cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP
+            for hook in self._hooks:
+                if isinstance(hook, hooks.PeriodicCheckpointer) and kept > 0:
+                    earlier = self.checkpointer.earlier_checkpoints(self.start_iter)
+                    hook.recent_checkpoints = earlier[-kept:]
+
+    def save_final(self) -> None:
+        """Writes the final checkpoint if the interrupted run ended between the last two."""
+        if os.path.basename(self.checkpointer.resumed_from) != "model_final.pth":
+            self.checkpointer.save("model_final", iteration=self.iter)
+
+    def run_step(self) -> None:
+        """One iteration.
+
+        Raises:
+            UserError: the loss, or what it comes from, is not finite.
+        """
+        try:
+            super().run_step()
+        except FloatingPointError as e:
+            reason = " ".join(str(e).split()).rstrip(".")
+            raise UserError(
+                f"training diverged at iteration {self.iter}: {reason}; "
+                f"{self.checkpointer.last_good()}. Start again with a lower SOLVER.BASE_LR (now "
+                f"{self.cfg.SOLVER.BASE_LR}), or resume with SOLVER.CLIP_GRADIENTS.ENABLED True"
+            ) from e
 
     def state_dict(self) -> Dict[str, Any]:
         # Release 0.6 of detectron2 leaves out the optimizer; later ones do just this.
@@ -148,7 +209,13 @@ class Trainer(DefaultTrainer):
                 cfg.DATALOADER.ASPECT_RATIO_GROUPING and not grouped,
                 cfg.DATALOADER.NUM_WORKERS,
                 cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
+                **cls.loader_options(cfg),
             )
+
+    @classmethod
+    def loader_options(cls, cfg: CfgNode) -> Dict[str, Any]:
+        """Further arguments of the training loader."""
+        return {}
 
     @classmethod
     def _build_sampler(cls, cfg: CfgNode, dataset: Dataset, seed: int) -> Sampler:
@@ -239,29 +306,43 @@ class Trainer(DefaultTrainer):
         count = recompute_statistics(model, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
         logger.info("Recomputed the statistics of %d norms", count)
 
+    def build_writers(self):
+        writers = super().build_writers()
+        path = os.path.join(self.cfg.OUTPUT_DIR, "metrics.json")
+        for n, writer in enumerate(writers):
+            if isinstance(writer, JSONWriter):
+                writer.close()
+                writers[n] = self.metrics = MetricsWriter(path)
+        return writers
+
     def build_hooks(self):
-        # detectron2's PreciseBN knows no mixed statistics and leaves each process with its own.
-        hooks = [
-            StatisticsHook(
-                self.cfg.TEST.EVAL_PERIOD, lambda: self.recompute_statistics(self.cfg, self.model)
-            )
-            if isinstance(h, PreciseBN)
-            else h
-            for h in super().build_hooks()
-        ]
-        if isinstance(self._trainer.data_loader, TrainLoader):
-            hooks.insert(0, ExactResume(self._trainer.data_loader))
+        return list(self._hooks_of_a_run())
+
+    def _hooks_of_a_run(self) -> Iterator[HookBase]:
+        """detectron2's hooks, some of them replaced, and ours before and behind them."""
+        cfg = self.cfg
         if reference_layers(self.model):
-            reference = self.cfg.MODEL.REFBN.REFERENCE
-            hooks.insert(
-                0,
-                ReferenceHook(
-                    lambda: self.load_reference_batch(self.cfg),
-                    reference.SEED,
-                    reference.REFRESH_PERIOD,
-                    self.cfg.OUTPUT_DIR,
-                ),
+            reference = cfg.MODEL.REFBN.REFERENCE
+            yield ReferenceHook(
+                lambda: self.load_reference_batch(cfg),
+                reference.SEED,
+                reference.REFRESH_PERIOD,
+                cfg.OUTPUT_DIR,
             )
+        if isinstance(self._trainer.data_loader, TrainLoader):
+            yield ExactResume(self._trainer.data_loader)
+        for hook in super().build_hooks():
+            if isinstance(hook, hooks.PreciseBN):
+                # It knows no mixed statistics and leaves each process with its own.
+                yield StatisticsHook(
+                    cfg.TEST.EVAL_PERIOD, lambda: self.recompute_statistics(cfg, self.model)
+                )
+            elif isinstance(hook, hooks.EvalHook):
+                yield EvalHook(hook._period, hook._func)
+            else:
+                if isinstance(hook, hooks.PeriodicCheckpointer):
+                    hook.max_to_keep = cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP or None
+                yield hook
+        yield StopOnSignal(self.checkpointer)
         if comm.is_main_process():
-            hooks.append(ProgressBar())
-        return hooks
+            yield ProgressBar()

@@ -22,9 +22,9 @@ __all__ = ["ap_by_condition", "ap_per_seed", "category_bars", "precision_recall"
 _INK = "#010203"  # stands for the page's text colour until the SVG is written
 _WIDTH = 5.2  # inches; the SVG scales with the page
 # Light enough for a dark page and dark enough for a light one.
-_COLORS = ["#8c8c8c", "#2f86d6", "#d9772b", "#2a9d6f", "#b65fc2", "#b08d12", "#cf4f5f", "#5f77d8"]
-_MARKERS = "osD^vPX*"
-_LINES = ["-", "--", "-.", ":"]
+COLORS = ["#8c8c8c", "#2f86d6", "#d9772b", "#2a9d6f", "#b65fc2", "#b08d12", "#cf4f5f", "#5f77d8"]
+MARKERS = "osD^vPX*"
+LINES = ["-", "--", "-.", ":"]
 _RC = {
     "svg.fonttype": "none",  # text stays text: small, searchable, in the page's colour
     "font.family": "sans-serif",
@@ -71,7 +71,7 @@ def _styles(comparison: Comparison) -> Dict[str, Tuple[str, str, str]]:
     names = list(
         dict.fromkeys([comparison.baseline, *(g.name for g in comparison.groups.values())])
     )
-    pool = zip(itertools.cycle(_COLORS), itertools.cycle(_MARKERS), itertools.cycle(_LINES))
+    pool = zip(itertools.cycle(COLORS), itertools.cycle(MARKERS), itertools.cycle(LINES))
     return dict(zip(names, pool))
 
 
@@ -194,7 +194,7 @@ def category_bars(rows: Sequence[Tuple[str, float]], title: str) -> str:
     figure, (ax,) = _figure(0.8 + 0.24 * len(rows))
     values = [v for _, v in rows]
     # The sign is in the hatching too, not in the colour alone.
-    colors = [_COLORS[1] if v >= 0 else _COLORS[2] for v in values]
+    colors = [COLORS[1] if v >= 0 else COLORS[2] for v in values]
     bars = ax.barh(range(len(rows)), values, color=colors, height=0.7)
     for bar, value in zip(bars, values):
         bar.set(hatch="" if value >= 0 else "///", edgecolor=_INK, linewidth=0.4)

@@ -25,6 +25,7 @@ class Run:
         results: detections in COCO format.
         ims_per_batch: images a batch, if known.
         grouping: how far batches are from i.i.d., 0 (i.i.d.) to 1, if known.
+        protocol: how norms are compared, in words, if there is more than one way.
         log: detectron2's metrics.json, if any.
         gt, image_root: as the run folder names them.
         error: why there are no results, or ''.
@@ -35,6 +36,7 @@ class Run:
     results: Path
     ims_per_batch: Optional[int] = None
     grouping: Optional[float] = None
+    protocol: Optional[str] = None
     log: Optional[Path] = None
     gt: Optional[Path] = None
     image_root: Optional[Path] = None
@@ -43,7 +45,7 @@ class Run:
     @property
     def condition(self) -> str:
         """What the run has in common with those it may be compared with, in words."""
-        parts = []
+        parts = [self.protocol] if self.protocol else []
         if self.ims_per_batch is not None:
             parts.append(f"{self.ims_per_batch} image{'s' * (self.ims_per_batch != 1)} a batch")
         if self.grouping is not None:
@@ -130,6 +132,7 @@ def _read_run(file: Path) -> Run:
         results=results,
         ims_per_batch=field("ims_per_batch", int),
         grouping=grouping,
+        protocol=field("protocol", str),
         log=log if log.exists() else None,
         error=error,
         **paths,

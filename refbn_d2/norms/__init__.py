@@ -3,6 +3,7 @@
 from .batch_renorm import BatchRenorm2d
 from .capture import Moments, capture
 from .convert import convert_norm
+from .fold import fold_norms
 from .functional import batch_moments, ref_batch_norm
 from .instance_norm import InstanceNorm2d
 from .ref_batch_norm import RefBatchNorm2d, ReferenceNorm2d
@@ -22,5 +23,6 @@ __all__ = [
     "batch_moments",
     "capture",
     "convert_norm",
+    "fold_norms",
     "ref_batch_norm",
 ]

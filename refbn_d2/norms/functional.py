@@ -1,11 +1,15 @@
 """The arithmetic of the norms: forward, gradient, and nothing else."""
 
+import os
+from types import ModuleType
 from typing import Callable, NamedTuple, Optional, Tuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from . import cpu_kernels, cuda_kernels, plain_kernels
+from .plain_kernels import per_channel, statistics_dtype
 
 __all__ = [
     "BatchStatistics",
@@ -14,6 +18,7 @@ __all__ = [
     "mixed_norm",
     "ref_batch_norm",
     "sample_norm",
+    "statistics_dtype",
 ]
 
 
@@ -33,14 +38,36 @@ class BatchStatistics(NamedTuple):
     var: Tensor
 
 
-def statistics_dtype(x: Tensor) -> torch.dtype:
-    """float64 for float64 input, float32 for every other dtype."""
-    # Sums over 10^6 bfloat16 values lose all their digits; statistics are never narrower than fp32.
-    return torch.promote_types(x.dtype, torch.float32)
+def _kernels(x: Tensor) -> ModuleType:
+    """The kernels for x; plain_kernels says what they are."""
+    if torch.compiler.is_compiling():
+        return plain_kernels
+    if x.device.type == "cpu":
+        return cpu_kernels
+    if x.device.type == "cuda":
+        if os.getenv("REFBN_TRITON") == "1":  # opt-in: nobody has measured it yet
+            try:
+                from . import triton_kernels
+
+                return triton_kernels
+            except ImportError:
+                pass
+        return cuda_kernels
+    return plain_kernels
 
 
-def _per_channel(v: Tensor) -> Tensor:
-    return v.view(1, -1, 1, 1)
+def _dense(x: Tensor) -> Tensor:
+    """x, or a contiguous copy unless it is contiguous or channels_last: kernels want either."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    return x.contiguous()
+
+
+def _like(g: Tensor, x: Tensor) -> Tensor:
+    """g in the memory format of x, which is dense."""
+    if x.is_contiguous():
+        return g.contiguous()
+    return g.contiguous(memory_format=torch.channels_last)
 
 
 def batch_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
@@ -50,45 +77,16 @@ def batch_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
         x: (N, C, H, W), not empty, any floating dtype.
 
     Returns:
-        Two (C,) tensors, float64 for float64 input and float32 for every other dtype.
+        Two (C,) tensors without gradient, float64 for float64 input and float32 for every other
+        dtype.
     """
-    x = x.to(statistics_dtype(x))
-    if x.device.type == "cpu" and not x.is_contiguous():
-        return torch.batch_norm_update_stats(x, None, None, 0.0)  # good in channels_last
-    if x.device.type != "cpu":
-        var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
-        return mean, var
-    return _row_moments(x)
-
-
-# Elements of a block in _row_moments: a megabyte, which a core's cache holds.
-_BLOCK = 1 << 18
-
-
-def _row_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
-    """Mean and biased variance per channel of a contiguous x, in its own dtype.
-
-    Two passes, as exact as Welford's, over rows of H W. On a CPU, sum and norm are vectorized and
-    what is made for the purpose (var_mean, batch_norm_update_stats) is not: it takes 4 to 20 times
-    as long. The second pass goes block by block so that x - mean stays in the cache.
-    """
-    num_samples, num_channels = x.shape[:2]
-    rows = x.view(num_samples * num_channels, -1)
-    count = num_samples * rows.shape[1]
-    mean = rows.sum(1).view(num_samples, num_channels).sum(0) / count
-    row_mean = mean.repeat(num_samples).unsqueeze(1)
-    step = max(1, _BLOCK // rows.shape[1])
-    norms = [
-        torch.linalg.vector_norm(block - block_mean, dim=1)
-        for block, block_mean in zip(rows.split(step), row_mean.split(step))
-    ]
-    var = torch.cat(norms).square().view(num_samples, num_channels).sum(0) / count
-    return mean, var
+    x = _dense(x.detach())
+    return _kernels(x).moments(x)
 
 
 def batch_statistics(x: Tensor) -> BatchStatistics:
     """The statistics of x, (N, C, H, W), not empty; without gradient."""
-    return BatchStatistics(x.shape[0], x.numel() // x.shape[1], *batch_moments(x.detach()))
+    return BatchStatistics(x.shape[0], x.numel() // x.shape[1], *batch_moments(x))
 
 
 class _MixedNorm(torch.autograd.Function):
@@ -105,26 +103,25 @@ class _MixedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, batch_mean, mean, var, share, eps, all_reduce):
-        ctx.save_for_backward(x, weight, batch_mean, mean, var)
-        ctx.share, ctx.eps, ctx.all_reduce = share, eps, all_reduce
+        x = _dense(x)
+        ctx.save_for_backward(x, weight, batch_mean, mean, torch.rsqrt(var + eps))
+        ctx.share, ctx.all_reduce = share, all_reduce
+        if x.numel() == 0:
+            return torch.empty_like(x)
         # Kernels want the per-channel vectors in one dtype, x may be narrower.
-        affine = [None if p is None else p.to(mean.dtype) for p in (weight, bias)]
-        return F.batch_norm(x, mean, var, *affine, training=False, eps=eps)
+        weight, bias = (None if p is None else p.to(mean.dtype) for p in (weight, bias))
+        return _kernels(x).normalize(x, mean, var, weight, bias, eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        x, weight, batch_mean, mean, var = ctx.saved_tensors
-        invstd = torch.rsqrt(var + ctx.eps)
-        # PyTorch's kernel of evaluation-mode BatchNorm has the two sums that everything is made of:
-        # those of g (x - mu) s and g, the gradients of weight and bias.
-        unit = torch.ones_like(mean)
-        if x.numel() > 0:
-            _, sum_g_xhat, sum_g = torch.ops.aten.native_batch_norm_backward(
-                g, x, unit, mean, var, mean, invstd, False, ctx.eps, [False, True, True]
-            )
-        else:  # the kernel divides by the number of elements
-            sum_g_xhat = sum_g = torch.zeros_like(mean)
+        x, weight, batch_mean, mean, invstd = ctx.saved_tensors
+        empty = x.numel() == 0
+        if empty:
+            sum_g = sum_g_xhat = torch.zeros_like(mean)
+        else:
+            g, kernels = _like(g, x), _kernels(x)
+            sum_g, sum_g_xhat = kernels.sums(g, x, mean, invstd)
         total_g, total_g_xhat = sum_g, sum_g_xhat
         if ctx.all_reduce is not None:
             # Whatever this process needs, the others wait for its part.
@@ -134,15 +131,12 @@ class _MixedNorm(torch.autograd.Function):
 
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
-            slope = scale * invstd * total_g_xhat * ctx.share
-            offset = scale * total_g * ctx.share
-            # -slope (x - mu_B) - offset in one pass, + scale g in another. In bfloat16 the terms
-            # would be rounded one by one, and mean(g) would no longer cancel.
-            wide = x.to(mean.dtype)
-            grad_x = F.batch_norm(wide, batch_mean, unit, -slope, -offset, training=False, eps=0.0)
-            grad_x.addcmul_(g.to(mean.dtype), _per_channel(scale))
-            grad_x = grad_x.to(x.dtype)
+            if empty:
+                grad_x = torch.empty_like(x)
+            else:
+                scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
+                mean_g, slope = total_g * ctx.share, invstd * total_g_xhat * ctx.share
+                grad_x = kernels.input_gradient(g, x, batch_mean, scale, mean_g, slope)
         if ctx.needs_input_grad[1]:
             grad_weight = sum_g_xhat.to(weight.dtype)
         if ctx.needs_input_grad[2]:
@@ -177,12 +171,12 @@ def mixed_norm(
         ref_mean, ref_var = ref_mean.to(batch.mean.dtype), ref_var.to(batch.var.dtype)
         lambda1 = pseudo_count / (batch.samples + pseudo_count)  # eq. 13
         lambda2 = 1.0 - lambda1  # eq. 14
-        mean = lambda2 * batch.mean + lambda1 * ref_mean  # eq. 15
-        var = lambda2 * batch.var + lambda1 * ref_var  # eq. 16
+        mean = torch.lerp(batch.mean, ref_mean, lambda1)  # eq. 15
+        var = torch.lerp(batch.var, ref_var, lambda1)  # eq. 16
         # Only the batch's share is a sample variance, so only it takes Bessel's correction; with
         # a single value it is zero whatever the factor.
-        bessel = batch.count / max(batch.count - 1, 1)
-        var_unbiased = lambda2 * bessel * batch.var + lambda1 * ref_var
+        excess = 1.0 / max(batch.count - 1, 1)  # of n / (n - 1) over 1
+        var_unbiased = torch.add(var, batch.var, alpha=lambda2 * excess)
     share = lambda2 / batch.count
     y = _MixedNorm.apply(x, weight, bias, batch.mean, mean, var, share, eps, all_reduce)
     return y, mean, var_unbiased
@@ -247,5 +241,5 @@ def sample_norm(
         scale = scale * weight.to(scale.dtype)
     y = (x.to(mean.dtype) - mean[:, :, None, None]) * scale[:, :, None, None]
     if bias is not None:
-        y = y + _per_channel(bias.to(y.dtype))
+        y = y + per_channel(bias.to(y.dtype))
     return y.to(x.dtype)

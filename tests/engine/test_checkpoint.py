@@ -1,12 +1,19 @@
-"""Weights that do not fit are refused, those that do load."""
+"""Checkpoints are whole or skipped; weights that do not fit are refused, those that do load."""
 
+import os
+import resource
+from unittest import mock
+
+import numpy as np
 import pytest
 import tiny
 import torch
 
 from refbn_d2.config import load_config
 from refbn_d2.engine import Trainer
+from refbn_d2.engine.checkpoint import Checkpointer
 from refbn_d2.errors import UserError
+from refbn_d2.files import PARTIAL
 
 
 def _model(*options, **changes):
@@ -74,3 +81,181 @@ def test_bn_weights_and_other_classes_load(tmp_path):
     for name in ("backbone.res4.5.conv2.weight", "roi_heads.res5.2.conv3.norm.running_var"):
         assert torch.equal(model.state_dict()[name], source.state_dict()[name])
     assert model.roi_heads.box_predictor.cls_score.out_features == 8
+
+
+def _checkpointer(folder):
+    model = torch.nn.Linear(50, 20)
+    torch.nn.init.constant_(model.weight, 0.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return Checkpointer(model, str(folder), trainer=optimizer)
+
+
+def _three(folder) -> Checkpointer:
+    """Checkpoints of iterations 0, 1 and 2, of which each sets the bias to its number."""
+    checkpointer = _checkpointer(folder)
+    for n in range(3):
+        torch.nn.init.constant_(checkpointer.model.bias, n)
+        checkpointer.save(f"model_{n:07d}", iteration=n)
+        os.utime(folder / f"model_{n:07d}.pth", (n, n))
+    return checkpointer
+
+
+def _resumed(folder) -> int:
+    checkpointer = _checkpointer(folder)
+    extra = checkpointer.resume_or_load("", resume=True)
+    bias = int(checkpointer.model.bias[0])
+    assert checkpointer.resumed_from == str(folder / f"model_{bias:07d}.pth")
+    assert extra == {"iteration": bias}
+    return bias
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _zero(path):
+    """What some file systems leave of a file that was not synced."""
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def _flip(path):
+    """One bit of the weights, which torch.load would not notice."""
+    content = bytearray(path.read_bytes())
+    content[content.index(bytes(4000)) + 100] ^= 1
+    path.write_bytes(content)
+
+
+def _weights_only(path):
+    content = torch.load(path, weights_only=True)
+    torch.save({"model": content["model"]}, path)
+
+
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        (_cut, "not a zip file"),
+        (_zero, "not a zip file"),
+        (lambda p: p.write_bytes(b""), "not a zip file"),
+        (_flip, "does not have its checksum"),
+        (lambda p: p.unlink(), "No such file"),
+        (_weights_only, "it has no 'trainer'"),
+    ],
+    ids=["cut", "zeros", "empty", "bit", "missing", "weights only"],
+)
+def test_resume_skips_what_is_damaged_and_says_so(tmp_path, caplog, damage, reason):
+    _three(tmp_path)
+    assert _resumed(tmp_path) == 2
+    damage(tmp_path / "model_0000002.pth")
+    assert _resumed(tmp_path) == 1
+    (line,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert line.startswith(f"Skipped checkpoint {tmp_path}/model_0000002.pth") and reason in line
+    damage(tmp_path / "model_0000001.pth")
+    assert _resumed(tmp_path) == 0
+    damage(tmp_path / "model_0000000.pth")
+    with pytest.raises(UserError, match="no checkpoint .* is intact.*model_0000002.*without"):
+        _resumed(tmp_path)
+
+
+def test_no_byte_of_a_checkpoint_can_change_what_is_resumed(tmp_path):
+    """torch.load would take most of these files, and wrong weights from many."""
+    checkpointer = _three(tmp_path)
+    path = tmp_path / "model_0000002.pth"
+    content, expected = path.read_bytes(), _flat(path)
+    rng = np.random.default_rng(0)
+    found = []
+    for place in rng.choice(len(content), 300, replace=False):
+        changed = bytearray(content)
+        changed[place] ^= 1 << rng.integers(8)
+        path.write_bytes(changed)
+        found.append(bool(checkpointer._damage(str(path))))
+        if not found[-1]:
+            assert torch.equal(_flat(path), expected)
+    assert sum(found) > 200  # the rest is padding
+
+
+def _flat(path):
+    content = torch.load(path, weights_only=True)
+    return torch.cat([v.flatten() for v in content["model"].values()])
+
+
+def test_a_lost_mark_of_the_last_checkpoint(tmp_path):
+    _three(tmp_path)
+    for content in ("", "model_0000009.pth"):
+        (tmp_path / "last_checkpoint").write_text(content)
+        assert _resumed(tmp_path) == 2
+    (tmp_path / "last_checkpoint").unlink()
+    assert _resumed(tmp_path) == 2
+    # Whoever sets the mark back wants to go back.
+    (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
+    assert _resumed(tmp_path) == 1
+
+
+def test_weights_that_somebody_put_there_are_no_checkpoint(tmp_path):
+    _save(tmp_path / "model_start.pth", torch.nn.Linear(50, 20).state_dict())
+    checkpointer = _checkpointer(tmp_path)
+    assert checkpointer.resume_or_load("", resume=True) == {}
+    assert not checkpointer.resumed_from
+
+
+class _Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("moment", [1, 2], ids=["checkpoint", "mark"])
+def test_killed_before_a_file_has_its_name(tmp_path, moment):
+    checkpointer = _three(tmp_path)
+    with mock.patch.object(os, "replace", _killed_at(moment)), pytest.raises(_Killed):
+        checkpointer.save("model_0000003", iteration=3)
+    assert _resumed(tmp_path) == 2
+    torch.nn.init.constant_(checkpointer.model.bias, 3)
+    checkpointer.save("model_0000003", iteration=3)
+    assert _resumed(tmp_path) == 3
+
+
+def _killed_at(moment):
+    calls, replace = [], os.replace
+
+    def replaced(*args):
+        calls.append(args)
+        if len(calls) == moment:
+            raise _Killed
+        replace(*args)
+
+    return replaced
+
+
+def test_leftovers_of_a_kill_go(tmp_path):
+    _three(tmp_path)
+    (tmp_path / f"model_0000003.pth{PARTIAL}").write_bytes(b"half")
+    assert _resumed(tmp_path) == 2
+    assert not list(tmp_path.glob("*" + PARTIAL))
+
+
+def test_a_full_disk_costs_nothing_but_the_new_checkpoint(tmp_path):
+    checkpointer = _three(tmp_path)
+    before = sorted(os.listdir(tmp_path))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="0000003.pth cannot.*too large.*0000002.pth.*room"):
+            checkpointer.save("model_0000003", iteration=3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(os.listdir(tmp_path)) == before
+    assert _resumed(tmp_path) == 2
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    checkpointer = _three(tmp_path)
+    torch.nn.init.constant_(checkpointer.model.bias, float("nan"))
+    with pytest.raises(UserError, match="diverged: bias is not finite.*last good.*0000002.pth"):
+        checkpointer.save("model_0000002", iteration=2)
+    assert _resumed(tmp_path) == 2
+
+
+def test_earlier_checkpoints(tmp_path):
+    checkpointer = _three(tmp_path)
+    checkpointer.save("model_final", iteration=9)
+    (tmp_path / "model_best.pth").touch()
+    names = [os.path.basename(p) for p in checkpointer.earlier_checkpoints(2)]
+    assert names == ["model_0000000.pth", "model_0000001.pth"]

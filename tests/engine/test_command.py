@@ -34,6 +34,7 @@ def _assert_one_line(result, *expected):
         ({"MODEL__REFBN__REFERENCE__SEED": "-1"}, ["MODEL.REFBN.REFERENCE.SEED", "-1", ">= 0"]),
         ({"MODEL__REFBN__REFERENCE__REFRESH_PERIOD": "-5"}, ["REFRESH_PERIOD", "-5"]),
         ({"MODEL__REFBN__PSEUDO_CUONT": "1.0"}, ["PSEUDO_CUONT", "mean MODEL.REFBN.PSEUDO_COUNT"]),
+        ({"SOLVER__CHECKPOINT_MAX_TO_KEEP": "-1"}, ["SOLVER.CHECKPOINT_MAX_TO_KEEP", "-1", ">= 0"]),
         ({"MODEL__WEIGHTS": "no/such.pth"}, ["no/such.pth", "MODEL.WEIGHTS"]),
         ({"DATASETS__TRAIN": "('digits',)"}, ["unknown data set 'digits'", "DATASETS.TRAIN"]),
         ({"MODEL__REFBN__REFERENCE__NUM_IMAGES": "99"}, ["99 images", "NUM_IMAGES"]),
@@ -93,6 +94,42 @@ def test_resume_with_another_norm_touches_nothing(tiny_data, train_net, tmp_path
     result = train_net(*ARGS, "--resume", *options)
     _assert_one_line(result, str(tmp_path), "NORM 'RefBN', not 'BN'", "OUTPUT_DIR")
     assert _snapshot(tmp_path) == before
+
+
+def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(tiny_data, train_net, tmp_path):
+    changes = {"SOLVER__BASE_LR": "1e20", "SOLVER__CHECKPOINT_PERIOD": 1, "SOLVER__MAX_ITER": 9}
+    result = train_net(*ARGS, *tiny.opts(OUTPUT_DIR=tmp_path, **changes))
+    last = tmp_path / (tmp_path / "last_checkpoint").read_text()
+    _assert_one_line(result, "training diverged", f"last good checkpoint is {last}", "BASE_LR")
+    weights = torch.load(last, weights_only=True)["model"]
+    assert all(value.isfinite().all() for value in weights.values())
+    assert not (tmp_path / "inference").exists()
+
+
+def test_resuming_a_run_of_an_earlier_version(tiny_data, train_net, tmp_path):
+    """Its checkpoint has fewer things, and the kill came while its config was written."""
+    options = tiny.opts(OUTPUT_DIR=tmp_path, DATASETS__TEST="()")
+    assert train_net(*ARGS, *options).status == 0
+    path = tmp_path / "model_final.pth"
+    content = torch.load(path, weights_only=True)
+    del content["trainer"]["hooks"]["ExactResume"]["scalars"]
+    torch.save(content, path)
+    config = (tmp_path / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(config[: config.index("[") + 1])
+    result = train_net(*ARGS, "--resume", *options, "SOLVER.MAX_ITER", "3")
+    assert result.status == 0, result.err
+    assert "Starting training from iteration 2" in result.out
+    lines = (tmp_path / "metrics.json").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == [1, 2]
+
+
+def test_the_newest_checkpoints_are_kept(tiny_data, train_net, tmp_path):
+    changes = {"SOLVER__CHECKPOINT_MAX_TO_KEEP": 2, "SOLVER__CHECKPOINT_PERIOD": 1}
+    options = tiny.opts(OUTPUT_DIR=tmp_path, DATASETS__TEST="()", **changes)
+    for iterations in (4, 6):  # the first run's count, too
+        assert train_net(*ARGS, "--resume", *options, "SOLVER.MAX_ITER", iterations).status == 0
+        expected = [f"model_{n:07d}.pth" for n in (iterations - 2, iterations - 1)]
+        assert sorted(p.name for p in tmp_path.glob("*.pth")) == [*expected, "model_final.pth"]
 
 
 def test_the_real_command_line(tmp_path):

@@ -68,11 +68,45 @@ def test_an_entry_can_have_a_name_other_weights_and_options(tmp_path):
         ({"SEEDS": 3}, "SEEDS is 3"),
         ({"IMS_PER_BATCH": ["two"]}, "IMS_PER_BATCH"),
         ({"OPTS": "SEED 3"}, "options are 'SEED 3'"),
+        ({"CLASSIFIER_OPTS": "SEED 3"}, "options are 'SEED 3'"),
+        ({"PROTOCOL": 1}, "PROTOCOL is 1"),
     ],
 )
 def test_a_mistake_in_the_matrix(tmp_path, content, message):
     with pytest.raises(UserError, match=message):
         load_matrix(_matrix(tmp_path, **content))
+
+
+def test_protocols_are_kept_apart(tmp_path):
+    """The same norm and seed twice: in other folders, under other conditions, once pretrained."""
+    classifier = str(QUICK / "classifier_{norm}.yaml")
+    frozen = str(QUICK / "mask_rcnn_R_50_C4_quick_frozen{pretrained}.yaml")
+    common = {"CLASSIFIER": classifier, "CLASSIFIER_OPTS": ["SOLVER.MAX_ITER", 3]}
+    parts = [
+        {"PROTOCOL": "B", "DETECTOR": DETECTOR, "NORMS": ["BN"], **common},
+        {
+            "PROTOCOL": "A, frozen",
+            "DETECTOR": frozen,
+            "NORMS": [{"name": "BN", "norm": "FrozenBN", "pretrained": "BN"}],
+            **common,
+        },
+    ]
+    path = tmp_path / "matrix.yaml"
+    path.write_text(yaml.safe_dump(parts))
+    b, a = load_matrix(str(path))
+    assert a.config.endswith("quick_frozenbn.yaml") and b.config.endswith("quick_bn.yaml")
+    assert a.folder != b.folder and str(a.folder).startswith("A_frozen/BN/")
+    assert a.classifier_folder == b.classifier_folder
+    assert load_config(a.classifier, a.classifier_opts()).SOLVER.MAX_ITER == 3
+    parts[1]["CLASSIFIER_OPTS"] = ["SOLVER.MAX_ITER", 4]
+    path.write_text(yaml.safe_dump(parts))
+    with pytest.raises(UserError, match="BN is pretrained in two ways"):
+        load_matrix(str(path))
+
+
+def test_without_a_protocol_folders_are_what_they_were(tmp_path):
+    (cell,) = load_matrix(_matrix(tmp_path, NORMS=["BN"], IMS_PER_BATCH=[2]))
+    assert str(cell.folder) == "BN/batch2_grouping0/seed1"
 
 
 def test_a_missing_or_malformed_matrix(tmp_path):

@@ -2,8 +2,11 @@
 
 import copy
 
+import processes
 import pytest
 import torch
+from fvcore.nn import update_bn_stats
+from torch import distributed as dist
 from torch import nn
 
 from refbn_d2.engine.statistics import recompute_statistics
@@ -92,3 +95,31 @@ def test_needs_a_batch_and_a_reference():
         recompute_statistics(_network(nn.BatchNorm2d), _batches(), 0)
     with pytest.raises(ValueError, match="reference"):
         recompute_statistics(nn.Sequential(RefBatchNorm2d(3)), _batches(), 1)
+
+
+def _on_every_rank(model):
+    """The running statistics of the first layer, of each process."""
+    own = torch.cat([model[0].running_mean, model[0].running_var])
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, own)
+    return parts
+
+
+def _check_processes(rank, world_size):
+    batches = _batches() + [x + 2 for x in _batches()]  # of different sizes on each process, too
+    own = batches[rank::world_size]
+    for norm in (nn.BatchNorm2d, RefBatchNorm2d):
+        model = _network(norm)
+        recompute_statistics(model, own, len(own))
+        parts = _on_every_rank(model)
+        assert all(torch.equal(part, parts[0]) for part in parts)
+        expected = torch.cat(_expected(batches, model))
+        torch.testing.assert_close(parts[0].double(), expected, rtol=1e-5, atol=1e-6)
+    model = _network(nn.BatchNorm2d)
+    update_bn_stats(model, own, len(own))
+    parts = _on_every_rank(model)
+    assert not torch.equal(parts[0], parts[1])  # why there is one of our own
+
+
+def test_the_same_on_every_process_and_of_all_batches():
+    processes.run_group(2, _check_processes)

@@ -2,17 +2,19 @@
 
 import json
 import math
+from argparse import Namespace
 
 import pytest
 import tiny
 import torch
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 
 from refbn_d2 import capture_reference
 from refbn_d2.config import load_config
 from refbn_d2.data.grouped_sampler import image_groups
 from refbn_d2.engine import Trainer
-from refbn_d2.engine.hooks import ExactResume, ReferenceHook
+from refbn_d2.engine.hooks import EvalHook, ExactResume, ReferenceHook
 from refbn_d2.errors import UserError
 from refbn_d2.reference import reference_layers
 
@@ -144,6 +146,17 @@ def test_without_refresh_training_never_changes_the_reference(tiny_data, tmp_pat
     held.append(_references(trainer.model))
     assert len(held) == 4 and all(_same(held[0], h) for h in held)
     assert any(not torch.equal(before[n], p) for n, p in trainer.model.named_parameters())
+
+
+def test_only_what_was_trained_to_the_end_is_evaluated():
+    """Upstream also evaluates when the last step has failed, on one process alone."""
+    done = []
+    for iteration in (9, 10, 11):
+        hook = EvalHook(0, lambda i=iteration: done.append(i))
+        hook.trainer = Namespace(iter=iteration, max_iter=10, storage=EventStorage())
+        hook.after_train()
+        assert hook.trainer.storage.iter == (10 if iteration in done else 0)
+    assert done == [10, 11]
 
 
 def test_every_step_has_random_numbers_of_its_own(tiny_data, tmp_path):

@@ -27,6 +27,7 @@ def make(folder, where="one", results=True, **changes):
         ({"iid": 0.25}, "grouping 0.75"),
         ({"grouping": 1}, "grouping 1"),
         ({"grouping": 0}, "i.i.d."),
+        ({"protocol": "A, frozen", "ims_per_batch": 2}, "A, frozen, 2 images a batch"),
     ],
 )
 def test_condition_in_words(tmp_path, changes, condition):
@@ -55,6 +56,7 @@ def test_unfinished_runs_say_why(tmp_path):
         ({"grouping": 2}, "grouping 2 is not within"),
         ({"iid": "yes"}, "iid 'yes'"),
         ({"gt": 4}, "gt 4"),
+        ({"protocol": 4}, "protocol 4"),
     ],
 )
 def test_bad_run_json(tmp_path, changes, words):

@@ -9,6 +9,7 @@ import oracle
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from refbn_d2.norms import RefBatchNorm2d, ReferenceNorm2d
 
@@ -268,3 +269,50 @@ class TestState:
             RefBatchNorm2d(3, pseudo_count=0.5)
         )
         assert "reference=captured, pseudo_count=1" in repr(_layer())
+
+
+def _network():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), RefBatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    net[1].set_reference(torch.randn(4), torch.rand(4) + 0.5, 100, 4)
+    return net
+
+
+def _step(net, x, call=None):
+    y = (call or net)(x)
+    return y, *torch.autograd.grad(y.square().sum(), list(net.parameters()))
+
+
+# aot_eager is torch.compile but for writing C++, which needs a compiler on the machine.
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_compiled_in_one_graph_it_is_the_same(layout):
+    x = torch.randn(5, 3, 9, 8).contiguous(memory_format=layout)
+    plain, compiled = _network(), _network()
+    graph = torch.compile(compiled, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        for wanted, actual in zip(_step(plain, x), _step(compiled, x, graph)):
+            assert oracle.relative_error(actual, wanted) < 1e-5
+    for key, wanted in plain.state_dict().items():
+        assert oracle.relative_error(compiled.state_dict()[key], wanted) < 1e-5
+    assert torch.allclose(graph.eval()(x), plain.eval()(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_counts_a_batch_twice_as_batch_norm_does(reentrant):
+    x = torch.randn(5, 3, 9, 8, requires_grad=True)
+
+    def call(x):
+        return checkpoint(recomputed, x, use_reentrant=reentrant)
+
+    for build, norm in ((_network, None), (_network, nn.BatchNorm2d(4))):
+        plain, recomputed = build(), build()
+        if norm is not None:
+            plain[1], recomputed[1] = copy.deepcopy(norm), copy.deepcopy(norm)
+        plain(x).square().sum().backward()
+        call(x).square().sum().backward()
+        for wanted, actual in zip(plain.parameters(), recomputed.parameters()):
+            assert torch.equal(wanted.grad, actual.grad)
+        plain(x)  # recomputing is one more forward pass in training mode
+        state = recomputed[1].state_dict()
+        assert state["num_batches_tracked"] == 2
+        assert all(torch.equal(v, state[k]) for k, v in plain[1].state_dict().items())

@@ -1,13 +1,12 @@
 """SyncRefBatchNorm2d on k processes equals RefBatchNorm2d on one with the whole batch."""
 
 import copy
-from datetime import timedelta
 
 import oracle
+import processes
 import pytest
 import torch
 from torch import distributed as dist
-from torch import multiprocessing as mp
 from torch import nn
 
 from refbn_d2.norms import RefBatchNorm2d, SyncRefBatchNorm2d, capture
@@ -15,30 +14,6 @@ from refbn_d2.norms import RefBatchNorm2d, SyncRefBatchNorm2d, capture
 C = 3
 # Images of each process, by step. Each has at least one process with nothing.
 UNEVEN = [[3, 1], [0, 4], [0, 0], [2, 0], [1, 0]]
-
-
-def _run(rank, world_size, folder, check, args):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=60),
-    )
-    try:
-        check(rank, world_size, *args)
-    finally:
-        dist.destroy_process_group()
-
-
-def _spawn(world_size, folder, check, *args):
-    """Runs check(rank, world_size, *args) in processes; a hang ends with gloo's timeout."""
-    # One server imports torch and detectron2, which takes seconds, and the processes fork from it.
-    mp.set_forkserver_preload(["refbn_d2.norms", "pytest"])
-    mp.start_processes(
-        _run, (world_size, str(folder), check, args), world_size, start_method="forkserver"
-    )
 
 
 def _layers(k=1.0, dtype=torch.float64, captured=True, momentum=0.1):
@@ -114,8 +89,8 @@ def _check_equality(rank, world_size):
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_equals_one_process_with_the_whole_batch(world_size, tmp_path):
-    _spawn(world_size, tmp_path, _check_equality)
+def test_equals_one_process_with_the_whole_batch(world_size):
+    processes.run_group(world_size, _check_equality)
 
 
 def _check_module_behaviour(rank, world_size):
@@ -178,8 +153,8 @@ def _check_module_behaviour(rank, world_size):
         assert taken == [("", 48)]
 
 
-def test_behaviour_as_a_module(tmp_path):
-    _spawn(2, tmp_path, _check_module_behaviour)
+def test_behaviour_as_a_module():
+    processes.run_group(2, _check_module_behaviour)
 
 
 def _check_whole_network(rank, world_size):
@@ -202,8 +177,8 @@ def _check_whole_network(rank, world_size):
             _close(p.grad * world_size, q.grad, 1e-8)  # DDP averages
 
 
-def test_a_network_under_distributed_data_parallel(tmp_path):
-    _spawn(2, tmp_path, _check_whole_network)
+def test_a_network_under_distributed_data_parallel():
+    processes.run_group(2, _check_whole_network)
 
 
 @pytest.mark.parametrize("in_group", [False, True])

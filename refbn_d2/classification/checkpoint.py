@@ -1,0 +1,37 @@
+"""Reading a classifier's weights: those of another network or norm are an error."""
+
+from typing import Any
+
+from ..engine.checkpoint import Checkpointer
+from ..errors import UserError
+
+__all__ = ["ClassifierCheckpointer"]
+
+
+class ClassifierCheckpointer(Checkpointer):
+    """Refuses weights that do not fit a TorchvisionClassifier, but for the number of classes.
+
+    BatchNorm's fit RefBN and the reverse: a reference more or less is no error.
+    """
+
+    def _load_model(self, checkpoint: Any):
+        incompatible = super()._load_model(checkpoint)
+        if incompatible is None or not hasattr(self.model, "network"):
+            return incompatible
+        # Linear layers: (key, shape in the file, shape in the model).
+        other_classes = {
+            key
+            for key, there, here in incompatible.incorrect_shapes
+            if len(there) <= 2 and there[1:] == here[1:]
+        }
+        unmatched = [
+            key
+            for key in [*incompatible.missing_keys, *incompatible.unexpected_keys]
+            if key not in other_classes and not key.rpartition(".")[2].startswith("ref_")
+        ]
+        if unmatched:
+            raise UserError(
+                f"weights {self._path!r} are of another network or norm: {unmatched[0]} does not "
+                "fit; set MODEL.CLASSIFIER.NETWORK and NORM to those it was trained with"
+            )
+        return incompatible

@@ -1,0 +1,99 @@
+"""MNIST: the four files as they are published, below detectron2's own DETECTRON2_DATASETS."""
+
+import gzip
+import os
+import struct
+import zlib
+from pathlib import Path
+from typing import Any, Dict, List
+
+import numpy as np
+import torch
+import torchvision
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils import comm
+
+from ..errors import UserError
+
+__all__ = ["MnistMapper", "read_idx", "register"]
+
+_PARTS = {"train": "train", "test": "t10k"}
+_PADDING = ((0, 0), (2, 2), (2, 2))  # LeNet-5 and VGG-16 take 32 x 32
+
+
+class MnistMapper:
+    """Makes the image of a sample a tensor, uint8 (1, 32, 32)."""
+
+    def __init__(self, is_train: bool):
+        pass
+
+    def __call__(self, d: Dict[str, Any]) -> Dict[str, Any]:
+        return {**d, "image": torch.from_numpy(d["image"])[None]}
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """The bytes of a gzipped idx file, uint8, in the shape it says.
+
+    Raises:
+        UserError: the file is damaged or not an idx file of bytes.
+        FileNotFoundError: there is none.
+    """
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+        raise UserError(f"{path}: damaged, download it again: {e}") from None
+    # Two zeros, the type (8 is a byte), the number of dimensions, and each of them in 4 bytes.
+    num_dims = content[3] if len(content) > 3 and content[:3] == b"\0\0\x08" else 0
+    header = 4 + 4 * num_dims
+    if num_dims == 0 or len(content) < header:
+        raise UserError(f"{path}: not an idx file of bytes, as MNIST's are; download it again")
+    shape = struct.unpack(f">{num_dims}I", content[4:header])
+    if len(content) - header != int(np.prod(shape)):
+        raise UserError(
+            f"{path}: has {len(content) - header} bytes of data, not {int(np.prod(shape))} as its "
+            "header says; download it again"
+        )
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+
+
+def _folder() -> Path:
+    """Where the files are; without any they are downloaded."""
+    root = Path(os.getenv("DETECTRON2_DATASETS", "datasets"))
+    downloaded = root / "MNIST" / "raw"  # torchvision's choice
+    for folder in (root / "mnist", downloaded):
+        if folder.is_dir():
+            return folder
+    if comm.is_main_process():
+        try:
+            torchvision.datasets.MNIST(root, download=True)
+        except (OSError, RuntimeError) as e:
+            raise UserError(
+                f"MNIST: {root / 'mnist'} does not exist and the download failed ({e}); put the "
+                "four .gz files there, or set DETECTRON2_DATASETS to the folder above"
+            ) from None
+    comm.synchronize()
+    return downloaded
+
+
+def _load(split: str) -> List[Dict[str, Any]]:
+    folder = _folder()
+    files = [
+        folder / f"{_PARTS[split]}-{content}-ubyte.gz" for content in ("images-idx3", "labels-idx1")
+    ]
+    images, labels = map(read_idx, files)
+    if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1] or labels.max() > 9:
+        raise UserError(
+            f"{files[0]} and {files[1]} do not belong together: images {images.shape}, labels "
+            f"{labels.shape} up to {labels.max()}; download them again"
+        )
+    samples = zip(np.pad(images, _PADDING), labels)
+    return [{"image_id": k, "label": int(y), "image": x} for k, (x, y) in enumerate(samples)]
+
+
+def register() -> None:
+    """Registers mnist_train and mnist_test; the files are looked for when first loaded."""
+    for split in _PARTS:
+        name = f"mnist_{split}"
+        if name not in DatasetCatalog.list():
+            DatasetCatalog.register(name, lambda split=split: _load(split))
+            MetadataCatalog.get(name).set(evaluator_type="classification", mapper=MnistMapper)

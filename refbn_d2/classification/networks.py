@@ -1,0 +1,152 @@
+"""The networks of the classification track: LeNet-5, VGG-16, and those of torchvision or timm."""
+
+import difflib
+from typing import Callable, Dict, Iterator, Tuple
+
+import torchvision
+from detectron2.layers import get_norm
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models.vgg import cfgs as vgg_layers
+from torchvision.models.vgg import make_layers
+
+from ..errors import UserError
+from ..norms import convert_norm
+from ..norms.convert import CONVERTIBLE
+
+__all__ = ["LeNet5", "VGG16", "build_network"]
+
+
+def _init_convolutions(network: nn.Module) -> None:
+    """He et al. 2015, as in section 4.2.2 of the paper; linear layers stay as torch makes them.
+
+    (By He's rule, too, VGG-16's three of them start with a loss of 6 and learn nothing at first.)
+    """
+    for m in network.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
+            nn.init.zeros_(m.bias)
+
+
+class LeNet5(nn.Module):
+    """LeNet-5 in the layout of 1998: C1 to F6 and the output, for images (N, 1, 32, 32).
+
+    A norm follows each convolution. What the years since have changed: ReLU, which the
+    initialization is made for, plain average pooling, C3 connected to all of S2, linear outputs.
+    """
+
+    def __init__(self, num_classes: int = 10):
+        super().__init__()
+        layers = []
+        for channels_in, channels in ((1, 6), (6, 16), (16, 120)):
+            layers += [nn.Conv2d(channels_in, channels, 5), nn.BatchNorm2d(channels), nn.ReLU()]
+            layers += [nn.AvgPool2d(2)] if channels < 120 else []
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Sequential(nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, num_classes))
+        _init_convolutions(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x).flatten(1))
+
+
+class VGG16(nn.Module):
+    """VGG-16 for images (N, 3, 32, 32): linear layers as wide as its last feature map, 1x1x512.
+
+    torchvision's would copy that map to 7x7, for 103 million weights of its first linear layer.
+    """
+
+    def __init__(self, num_classes: int = 10):
+        super().__init__()
+        self.features = make_layers(vgg_layers["D"], batch_norm=True)
+        self.classifier = nn.Sequential(
+            *(nn.Linear(512, 512), nn.ReLU(), nn.Dropout()),
+            *(nn.Linear(512, 512), nn.ReLU(), nn.Dropout()),
+            nn.Linear(512, num_classes),
+        )
+        _init_convolutions(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x).flatten(1))
+
+
+_OWN: Dict[str, Callable[[int], nn.Module]] = {"lenet5": LeNet5, "vgg16_32x32": VGG16}
+
+
+def build_network(name: str, norm: str, num_classes: int) -> nn.Module:
+    """A classifier with random weights whose BatchNorm layers are exchanged for ``norm``.
+
+    Weights are initialized by the network's own rule, which for LeNet-5, VGG and ResNet is He's.
+    The last norm of a ResNet's residual block starts at gamma = 0 (section 4.2.2 of the paper).
+
+    Args:
+        name: "lenet5", "vgg16_32x32", a classifier of torchvision ("resnet50"), or "timm/" and the
+            name of one of timm.
+        norm: what ``get_norm`` knows, or "" to take the norms out.
+        num_classes: of the last layer.
+
+    Returns:
+        A module that maps images (N, C, H, W) to logits (N, num_classes). Its state dict has
+        torchvision's (timm's) names.
+
+    Raises:
+        UserError: no such network, timm is not installed, or the network has no norms that can be
+            exchanged.
+    """
+    network = _build(name, num_classes)
+    _exchange_norms(network, name, norm)
+    for block in network.modules():
+        if isinstance(block, (BasicBlock, Bottleneck)):
+            last = block.bn3 if isinstance(block, Bottleneck) else block.bn2
+            if getattr(last, "weight", None) is not None:
+                nn.init.zeros_(last.weight)
+    return network
+
+
+def _build(name: str, num_classes: int) -> nn.Module:
+    if name in _OWN:
+        return _OWN[name](num_classes)
+    if name.startswith("timm/"):
+        return _build_timm(name[len("timm/") :], num_classes)
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        close = difflib.get_close_matches(name, [*_OWN, *known], n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise UserError(f"MODEL.CLASSIFIER.NETWORK: torchvision has no classifier {name!r}{hint}")
+    network = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+    if getattr(network, "aux_logits", False):
+        raise UserError(f"MODEL.CLASSIFIER.NETWORK: {name} has outputs besides its scores")
+    return network
+
+
+def _build_timm(name: str, num_classes: int) -> nn.Module:
+    try:
+        import timm
+    except ModuleNotFoundError:
+        raise UserError(f"MODEL.CLASSIFIER.NETWORK timm/{name}: pip install timm") from None
+    if name not in timm.list_models():
+        raise UserError(f"MODEL.CLASSIFIER.NETWORK: timm has no network {name!r}")
+    return timm.create_model(name, num_classes=num_classes)
+
+
+def _batch_norms(network: nn.Module) -> Iterator[Tuple[nn.Module, str, nn.BatchNorm2d]]:
+    """Parent, name in it and layer of each BatchNorm."""
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.BatchNorm2d):
+                yield parent, name, child
+
+
+def _exchange_norms(network: nn.Module, name: str, norm: str) -> None:
+    norms = list(_batch_norms(network))
+    # timm has subclasses that hold an activation, too.
+    other = [type(m).__name__ for _, _, m in norms if type(m) is not nn.BatchNorm2d]
+    if other or (norm and not norms):
+        what = f"its {other[0]} cannot be exchanged" if other else "it has none; try its name + _bn"
+        raise UserError(
+            f"MODEL.CLASSIFIER.NETWORK {name} with MODEL.CLASSIFIER.NORM {norm}: {what}"
+        )
+    if norm in CONVERTIBLE:  # keeps eps and momentum, which are not the default in every network
+        convert_norm(network, norm)
+        return
+    for parent, child_name, layer in norms:
+        setattr(parent, child_name, get_norm(norm, layer.num_features) or nn.Identity())

@@ -1,0 +1,140 @@
+"""The processes of a run: started by detectron2's launch, or before, by torchrun or srun."""
+
+import multiprocessing
+import os
+import re
+import signal
+import sys
+from argparse import Namespace
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, Iterator, List, Mapping
+
+import torch
+from detectron2.engine import launch
+from detectron2.engine.launch import DEFAULT_TIMEOUT
+from detectron2.utils import comm
+from torch import distributed as dist
+from torch.multiprocessing import ProcessExitedException
+
+from ..errors import UserError
+from .signals import SIGNALS
+
+__all__ = ["launcher_environment", "start"]
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def launcher_environment(env: Mapping[str, str]) -> Dict[str, str]:
+    """What torchrun tells each process that it starts, also where srun has started it.
+
+    Args:
+        env: the environment of this process.
+
+    Returns:
+        The variables RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT;
+        nothing for a process that was started alone.
+    """
+    if all(name in env for name in _TORCHRUN):  # first: srun may have started torchrun
+        return {name: env[name] for name in _TORCHRUN}
+    # A batch script or a shell in an allocation has SLURM_PROCID and SLURM_NTASKS, but no step of
+    # several tasks.
+    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
+        return {}
+    # node[03-05,07] -> node03; "4(x2)" -> 4
+    host = re.sub(r"\[(\w+)[^]]*\]", r"\1", env["SLURM_STEP_NODELIST"]).split(",")[0]
+    found = {
+        "RANK": env["SLURM_PROCID"],
+        "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": env["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": re.match(r"\d+", env["SLURM_STEP_TASKS_PER_NODE"])[0],
+        "MASTER_ADDR": host,
+        # Steps at the same time, of one job or of several, should not meet.
+        "MASTER_PORT": str(20000 + (int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])) % 10000),
+    }
+    return {**found, **{k: env[k] for k in ("MASTER_ADDR", "MASTER_PORT") if k in env}}
+
+
+def start(main: Callable[..., Any], args: Namespace, device: str, main_args: tuple) -> None:
+    """Calls ``main(*main_args)`` in each process of the run.
+
+    Args:
+        main: what to do in a process group, if there are several processes.
+        args: of detectron2's ``default_argument_parser``.
+        device: MODEL.DEVICE; processes that train on the CPU talk by gloo, others by NCCL.
+        main_args: arguments of ``main``.
+
+    Raises:
+        UserError: the launcher's environment and ``args`` disagree, or a process was killed.
+    """
+    env = launcher_environment(os.environ)
+    if not env:
+        return _launch(main, args, main_args)
+    if args.num_gpus > 1 or args.num_machines > 1:
+        raise UserError(
+            f"--num-gpus {args.num_gpus} --num-machines {args.num_machines}: torchrun or srun has "
+            "started the processes; leave these options out"
+        )
+    world_size, local_size = int(env["WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"])
+    if world_size % local_size:
+        raise UserError(
+            f"{world_size} processes, {local_size} on this machine: use as many on every machine"
+        )
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
+        count = torch.cuda.device_count()  # srun may show each process its own alone
+        if count == 0 or 1 < count < local_size:
+            raise UserError(
+                f"MODEL.DEVICE is {device}, for {local_size} processes on a machine with {count} "
+                "GPUs: start fewer, or set MODEL.DEVICE cpu"
+            )
+        torch.cuda.set_device(int(env["LOCAL_RANK"]) % count)
+    os.environ.update(env)
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=DEFAULT_TIMEOUT)
+    _create_local_process_group(local_size)
+    comm.synchronize()
+    main(*main_args)
+    dist.destroy_process_group()
+
+
+def _create_local_process_group(size: int) -> None:
+    if hasattr(comm, "create_local_process_group"):
+        return comm.create_local_process_group(size)
+    for first in range(0, comm.get_world_size(), size):  # release 0.6 does this in launch()
+        group = dist.new_group(list(range(first, first + size)))
+        if first <= comm.get_rank() < first + size:
+            comm._LOCAL_PROCESS_GROUP = group
+
+
+def _launch(main: Callable[..., Any], args: Namespace, main_args: tuple) -> None:
+    options = {k: getattr(args, k) for k in ("num_machines", "machine_rank", "dist_url")}
+    if args.num_gpus * args.num_machines <= 1:
+        return launch(main, args.num_gpus, **options, args=main_args)
+    with _passed_on_signals() as received:
+        try:
+            launch(main, args.num_gpus, **options, args=main_args)
+        except ProcessExitedException as e:
+            if not received and e.exit_code - 128 not in SIGNALS:
+                raise UserError(f"{e} (out of memory?); start again with --resume") from e
+            received.append(e.exit_code - 128)
+    if received:
+        sys.exit(128 + received[0])
+
+
+@contextmanager
+def _passed_on_signals() -> Iterator[List[int]]:
+    """Gives the signals that ask for an end to the started processes, and lets those end first."""
+    received: List[int] = []
+
+    def pass_on(signum, frame):
+        if signum == signal.SIGINT in received:  # by now the user means it
+            raise KeyboardInterrupt
+        received.append(signum)
+        for child in multiprocessing.active_children():
+            child.terminate()
+
+    previous = {s: signal.signal(s, pass_on) for s in SIGNALS}
+    try:
+        yield received
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
