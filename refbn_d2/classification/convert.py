@@ -127,7 +127,7 @@ def _read(path: str) -> Dict[str, Tensor]:
             with open(file, "rb") as f:
                 content = safe_pickle.load(f, encoding="latin1")
         else:
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            content = safe_pickle.load_torch(file)
     except UserError:
         raise
     except Exception as e:  # whatever a damaged file may raise
