@@ -1,19 +1,24 @@
 """The keys of MODEL.REFBN, loading a config file safely, and giving a model what it says."""
 
 import difflib
+import itertools
 import math
 import re
-from typing import List, Optional
+from typing import Callable, List, Optional
 
-import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
+from fvcore.common.config import BASE_KEY
 from torch import nn
 
+from . import plain_yaml
 from .errors import UserError
 from .norms import BatchRenorm2d, RefBatchNorm2d
 
 __all__ = ["add_refbn_config", "apply_norm_config", "load_config"]
+
+# A chain of _BASE_ is a few files long; one that leads back to itself has no end.
+_MAX_FILES = 50
 
 
 def add_refbn_config(cfg: CN) -> None:
@@ -72,23 +77,54 @@ def load_config(path: str, opts: Optional[List[str]] = None) -> CN:
     """
     cfg = get_cfg()
     add_refbn_config(cfg)
-    where = path
+    if path:
+        _check_files(path)
+        _merge(cfg, path, lambda: cfg.merge_from_file(path, allow_unsafe=False))
+    _merge(cfg, "on the command line", lambda: cfg.merge_from_list(opts or []))
+    return cfg
+
+
+def _merge(cfg: CN, where: str, merge: Callable[[], None]) -> None:
+    """Raises a UserError that begins with ``where`` if ``merge`` gives ``cfg`` a bad value."""
     try:
-        if path:
-            cfg.merge_from_file(path, allow_unsafe=False)
-        where = "on the command line"
-        cfg.merge_from_list(opts or [])
-    except yaml.YAMLError as e:
-        mark = getattr(e, "problem_mark", None)
-        place = f"{mark.name}, line {mark.line + 1}" if mark else path
-        raise UserError(f"{place}: not plain YAML: {getattr(e, 'problem', e)}") from None
-    except RecursionError:
-        raise UserError(f"{path}: its _BASE_ leads back to itself") from None
-    except (KeyError, AssertionError, ValueError, OSError, AttributeError, TypeError) as e:
+        merge()
+        _check(cfg)
+    except UserError as e:
+        raise UserError(f"{where}: {e}") from None
+    except (RecursionError, MemoryError):  # of Python's parser, which yacs gives every text
+        raise UserError(f"{where}: a value is nested too deeply") from None
+    except (AttributeError, TypeError) as e:  # a section where a value belongs, or the reverse
+        raise UserError(f"{where}: not of the form of a detectron2 config ({e})") from None
+    except (KeyError, AssertionError, ValueError, OSError) as e:
         message = str(e.args[0]) if isinstance(e, KeyError) else str(e)
         raise UserError(f"{where}: {_explained(cfg, message)}") from None
-    _check(cfg)
-    return cfg
+
+
+def _check_files(path: str) -> None:
+    """Raises a UserError unless ``path`` and all that its ``_BASE_`` leads to are plain YAML."""
+    count = itertools.count(1)
+
+    class Reader(CN):
+        @classmethod
+        def _open_cfg(cls, filename: str):
+            if next(count) > _MAX_FILES:
+                raise UserError(f"{path}: its _BASE_ leads back to itself, or to too many files")
+            try:
+                _check_file(filename)
+            except UserError as e:
+                raise UserError(f"{path}: {e}" if filename != path else str(e)) from None
+            return super()._open_cfg(filename)
+
+    Reader.load_yaml_with_base(path)
+
+
+def _check_file(path: str) -> None:
+    content = plain_yaml.read(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: is no config, but a {type(content).__name__}")
+    bases = content.get(BASE_KEY, "")
+    if not all(isinstance(b, str) for b in (bases if isinstance(bases, list) else [bases])):
+        raise UserError(f"{path}: {BASE_KEY} is {bases!r}: use the path of a config")
 
 
 def _explained(cfg: CN, message: str) -> str:

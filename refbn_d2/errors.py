@@ -33,10 +33,10 @@ def _user_message(error: BaseException) -> Optional[str]:
     # Worker processes (data loader, launch) put the remote traceback into the message.
     remote = re.findall(r"^(?:refbn_d2[\w.]*)?\bU\w+Error: (.*)$", str(error), flags=re.MULTILINE)
     if remote:
-        return remote[-1]
+        return _shortened(remote[-1])
     # A loss that is not finite: logged before it becomes a UserError.
     if isinstance(error, (UserError, FloatingPointError)):
-        return " ".join(str(error).split())
+        return _shortened(" ".join(str(error).split()))
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = error.filename or "a file of the run"
         return f"{where} cannot be written: {error.strerror}; make room, start again with --resume"
@@ -46,6 +46,11 @@ def _user_message(error: BaseException) -> Optional[str]:
             "it could; start again with --resume"
         )
     return None
+
+
+def _shortened(line: str) -> str:
+    """Without its middle, if a value in it is very long; the remedy is at the end."""
+    return line if len(line) <= 800 else f"{line[:500]} [...] {line[-250:]}"
 
 
 def quiet_user_errors() -> None:

@@ -34,9 +34,10 @@ def _run(*arguments, cwd, **environment):
 
 
 def _smaller_matrix(path):
-    """The miniature with one seed and hardly any training; of the digits only protocol A."""
+    """The miniature with one seed and hardly any training; of the digits only a single run."""
     parts = yaml.safe_load(MINIATURE.read_text())
     kept = [part for part in parts if part["PROTOCOL"] != "B, live, digits"]
+    kept[-1]["NORMS"] = kept[-1]["NORMS"][:1]
     for part in kept:
         part["SEEDS"] = [1]
         part["OPTS"] += [x for pair in SMALLER.items() for x in pair]
@@ -81,10 +82,10 @@ def test_both_protocols_from_pretraining_to_report_and_again(tmp_path, real_data
 
     results = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("coco_instances_results.json")}
     again = _run(*arguments, cwd=tmp_path)
-    assert again.returncode == 0 and len(results) == 6
+    assert again.returncode == 0 and len(results) == 5
     assert all(p.stat().st_mtime_ns == before for p, before in results.items())
     plan = _run(*arguments, "--dry-run", cwd=tmp_path)
-    assert plan.stdout.count("finished") == 2 + 6
+    assert plan.stdout.count("finished") == 2 + 5
 
 
 @pytest.mark.parametrize("missing", ["coco", "images"])

@@ -21,6 +21,7 @@ from refbn_d2.config import load_config
 from refbn_d2.engine import Trainer
 from refbn_d2.engine.statistics import recompute_statistics
 from refbn_d2.errors import UserError, one_line_errors
+from refbn_d2.evaluation.inputs import read_json
 
 KINDS = {"as trained": None, "mixed, recomputed": False, "plain, recomputed": True}
 
@@ -47,11 +48,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the new run folders")
     args = parser.parse_args()
     setup_logger(str(args.output / "log.txt"), name="detectron2", abbrev_name="d2")
-    found = {f.parent: json.loads(f.read_text()) for f in sorted(args.runs.rglob("run.json"))}
+    found = {f.parent: read_json(f) for f in sorted(args.runs.rglob("run.json"))}
     runs = {
         folder: record
         for folder, record in found.items()
-        if record.get("name") == args.name and record.get("status") == "finished"
+        if isinstance(record, dict)
+        and record.get("name") == args.name
+        and record.get("status") == "finished"
     }
     if not runs:
         raise UserError(f"{args.runs}: no finished run named {args.name!r} below it")

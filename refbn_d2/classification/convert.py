@@ -5,7 +5,6 @@ one, as detectron2's own files of pretrained weights do: its checkpointer matche
 ends, so conv5 is ``roi_heads.res5`` in a C4 detector and ``backbone.bottom_up.res5`` with an FPN.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Optional, Set
@@ -20,6 +19,7 @@ from torch import Tensor
 from ..config import load_config
 from ..engine import safe_pickle
 from ..errors import UserError
+from ..files import atomic_write
 from .resnet_names import detectron2_names, torchvision_names
 
 __all__ = ["FORMATS", "NORMS", "Conversion", "convert", "freeze", "norm_of"]
@@ -127,7 +127,7 @@ def _read(path: str) -> Dict[str, Tensor]:
             with open(file, "rb") as f:
                 content = safe_pickle.load(f, encoding="latin1")
         else:
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            content = safe_pickle.load_torch(file)
     except UserError:
         raise
     except Exception as e:  # whatever a damaged file may raise
@@ -152,18 +152,14 @@ def _load_safetensors(file: str) -> Dict[str, Tensor]:
 
 
 def _write(path: str, content: Dict[str, Any]) -> None:
-    partial = path + ".partial"
     try:
-        with open(partial, "wb") as f:
+        with atomic_write(path, "wb") as f:
             torch.save(content, f)
-            f.flush()
-            os.fsync(f.fileno())  # a full disk may say so only now
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as e:
-        if os.path.exists(partial):
-            os.unlink(partial)
-        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
-        raise UserError(f"{path}: cannot be written: {reason}") from None
+    except (OSError, RuntimeError) as e:  # torch may raise one of its own after the disk's
+        reason = next((c for c in (e, e.__context__) if isinstance(c, OSError)), None)
+        if reason is None:
+            raise
+        raise UserError(f"{path}: cannot be written: {reason.strerror}") from None
 
 
 def _norm_layers(weights: Dict[str, Tensor]) -> Dict[str, Set[str]]:

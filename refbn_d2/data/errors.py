@@ -7,10 +7,17 @@ from typing import Any, Callable, Dict, Iterator, Sequence
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import SizeMismatchError
+from detectron2.utils.file_io import PathManager
+from PIL import Image
 
 from ..errors import UserError
 
-__all__ = ["dataset_errors", "naming_the_file"]
+__all__ = ["annotation_files", "dataset_errors", "naming_the_file"]
+
+
+def annotation_files(names: Sequence[str]) -> str:
+    """The files of registered data sets, for messages; a name stands for itself without one."""
+    return ", ".join(MetadataCatalog.get(n).get("json_file", n) for n in names)
 
 
 @contextmanager
@@ -19,8 +26,7 @@ def dataset_errors(names: Sequence[str]) -> Iterator[None]:
     for name in names:
         if name not in DatasetCatalog.list():
             raise UserError(f"unknown data set {name!r} (DATASETS.TRAIN, DATASETS.TEST)")
-    files = [MetadataCatalog.get(n).get("json_file", n) for n in names]
-    where = ", ".join(files)
+    where = annotation_files(names)
     try:
         yield
     except FileNotFoundError as e:
@@ -31,7 +37,16 @@ def dataset_errors(names: Sequence[str]) -> Iterator[None]:
         ) from None
     except json.JSONDecodeError as e:
         raise UserError(f"{where}: not JSON: {e}") from None
-    except (KeyError, TypeError, AttributeError, IndexError, AssertionError, ValueError) as e:
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        AssertionError,
+        ValueError,
+        OverflowError,
+        RecursionError,
+    ) as e:
         reason = f"{type(e).__name__}: {e}"
         raise UserError(f"{where}: not COCO instance annotations ({reason})") from e
 
@@ -44,13 +59,35 @@ class _NamingTheFile:
 
     def __call__(self, dataset_dict: Dict[str, Any]) -> Any:
         try:
+            self._check_header(dataset_dict)
             return self._mapper(dataset_dict)
         except FileNotFoundError:
             raise UserError(f"image {dataset_dict['file_name']} does not exist") from None
         except SizeMismatchError as e:
             raise UserError(f"image {dataset_dict['file_name']}: {e}") from None
-        except (OSError, SyntaxError) as e:  # what Pillow raises on damaged files
+        # What Pillow raises on damaged files, and on those that say they are huge.
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
             raise UserError(f"image {dataset_dict['file_name']} cannot be read: {e}") from None
+
+    @staticmethod
+    def _check_header(d: Dict[str, Any]) -> None:
+        """Refuses, before a pixel is decoded, what would go wrong without an error."""
+        if "file_name" not in d:  # drawn, not read
+            return
+        with PathManager.open(d["file_name"], "rb") as f, Image.open(f) as image:
+            if image.format == "EPS":
+                raise UserError(f"image {d['file_name']} is PostScript, a program to run")
+            if image.mode[0] in "IF":
+                raise UserError(
+                    f"image {d['file_name']} has more than 8 bits a pixel (Pillow's mode "
+                    f"{image.mode}), and would be clipped at 255: convert it to 8 bits"
+                )
+            # Sorted: Exif may turn the image.
+            if "height" in d and sorted(image.size) != sorted((d["width"], d["height"])):
+                raise UserError(
+                    f"image {d['file_name']} has {image.size[0]} x {image.size[1]} pixels, its "
+                    f"annotations say {d['width']} x {d['height']}"
+                )
 
 
 def naming_the_file(mapper: Callable[[Dict[str, Any]], Any]) -> Callable[[Dict[str, Any]], Any]:

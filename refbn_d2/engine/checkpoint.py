@@ -19,8 +19,11 @@ __all__ = ["Checkpointer"]
 
 _CHECKPOINT = re.compile(r"model_(\d{7,}|final)\.pth")
 _RESNET_WEIGHT = re.compile(r"res\d\.\d+\.(conv\d|shortcut)(\.norm)?\.weight$")
-# Where it is missing, BatchNorm was fused into the weights: a live norm cannot start from those.
-_RESNET_STATISTICS = re.compile(r"res\d\.\d+\.(conv\d|shortcut)\.norm\.running_var$")
+# Where it is missing, BatchNorm was fused into the weights: a live norm cannot start from those. Or
+# a reference has lost a part. (A file without any reference is not said to miss one.)
+_RESNET_STATISTICS = re.compile(
+    r"res\d\.\d+\.(conv\d|shortcut)\.norm\.(running_var|ref_mean|ref_var)$"
+)
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -151,7 +154,7 @@ class Checkpointer(DetectionCheckpointer):
                 record = f.testzip()
             if record:
                 return f"{record} does not have its checksum"
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = safe_pickle.load_torch(path)
             missing = [k for k in ("model", *self.checkpointables) if k not in content]
             return f"it has no {missing[0]!r}" if missing else ""
         except OSError as e:
@@ -163,17 +166,27 @@ class Checkpointer(DetectionCheckpointer):
         # Upstream takes options behind a question mark.
         if path and "://" not in path and not os.path.isfile(path.split("?")[0]):
             raise UserError(f"weights {path!r}: no such file (MODEL.WEIGHTS)")
+        if "://" in (path or "") and ".." in path:
+            # Downloads are kept below a cache folder under the path that the address has.
+            raise UserError(f"weights {path!r}: an address must not contain '..' (MODEL.WEIGHTS)")
         self._path = path
-        return super().load(path, checkpointables)
+        try:
+            return super().load(path, checkpointables)
+        except UserError:
+            raise
+        except Exception as e:  # whatever reading and using a damaged file may raise
+            reason = (str(e).split(". ")[0].splitlines() or [type(e).__name__])[0]
+            raise UserError(f"weights {path!r} cannot be read: {reason}") from e
 
     def _load_file(self, filename: str):
-        try:
-            # A plain unpickler runs whatever a .pkl asks it to. (torch.load does not, by default.)
-            with mock.patch.object(detection_checkpoint, "pickle", safe_pickle):
-                return super()._load_file(filename)
-        except Exception as e:  # whatever unpickling a damaged file may raise
-            reason = str(e).split(". ")[0] or type(e).__name__
-            raise UserError(f"weights {filename!r} cannot be read: {reason}") from e
+        # A plain unpickler runs whatever a file asks it to.
+        with mock.patch.object(detection_checkpoint, "pickle", safe_pickle):
+            with mock.patch.object(torch, "load", safe_pickle.load_torch):
+                content = super()._load_file(filename)
+        weights = content["model"]
+        if not isinstance(weights, dict) or not all(isinstance(k, str) for k in weights):
+            raise UserError(f"weights {filename!r}: no names and tensors in it (MODEL.WEIGHTS)")
+        return content
 
     def _load_model(self, checkpoint: Any):
         incompatible = super()._load_model(checkpoint)
@@ -189,4 +202,7 @@ class Checkpointer(DetectionCheckpointer):
                 f"weights {self._path!r} are of another architecture: {detail}; set MODEL.WEIGHTS "
                 "to a file for this model, or to '' to start from random weights"
             )
+        for name, value in self.model.named_parameters():
+            if not value.isfinite().all():
+                raise UserError(f"weights {self._path!r} are not finite numbers: {name}")
         return incompatible

@@ -2,14 +2,15 @@
 
 import hashlib
 import itertools
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
-import yaml
-
+from .. import plain_yaml
 from ..config import load_config
+from ..data.annotations import is_int, is_number
 from ..errors import UserError
 
 __all__ = ["Cell", "load_matrix"]
@@ -52,13 +53,14 @@ class Cell:
     @property
     def folder(self) -> Path:
         """Below the output folder."""
-        protocol, name = (re.sub(r"[^\w.=-]+", "_", s) for s in (self.protocol, self.name))
         condition = f"batch{self.ims_per_batch}_grouping{self.grouping:g}"
-        return Path(protocol, name, condition, f"seed{self.seed}")
+        return Path(
+            _folder_name(self.protocol), _folder_name(self.name), condition, f"seed{self.seed}"
+        )
 
     @property
     def classifier_folder(self) -> Path:
-        return Path("pretraining", self.pretrained, f"seed{self.seed}")
+        return Path("pretraining", _folder_name(self.pretrained), f"seed{self.seed}")
 
     def detector_opts(self) -> List[str]:
         """KEY VALUE pairs for the detector's config.
@@ -97,6 +99,11 @@ class Cell:
         }
 
 
+def _folder_name(name: str) -> str:
+    """A name as that of one folder, which lies in the folder that it is asked for in."""
+    return re.sub(r"[^\w.=-]+|^\.+", "_", name)
+
+
 def _fingerprint(config: str, opts: List[str]) -> str:
     return hashlib.sha256(load_config(config, opts).dump().encode()).hexdigest()[:16]
 
@@ -112,13 +119,7 @@ def load_matrix(path: str) -> List[Cell]:
     Raises:
         UserError: the file is missing, malformed, or names a config that does not exist.
     """
-    try:
-        with open(path) as f:
-            matrix = yaml.safe_load(f)
-    except OSError as e:
-        raise UserError(f"matrix {path}: {e.strerror}") from None
-    except yaml.YAMLError as e:
-        raise UserError(f"matrix {path}: not YAML: {e}") from None
+    matrix = plain_yaml.read(path)
     cells = []
     for part in matrix if isinstance(matrix, list) else [matrix]:
         if not isinstance(part, dict) or not {"DETECTOR", "NORMS"} <= set(part) <= _KEYS:
@@ -141,18 +142,29 @@ def load_matrix(path: str) -> List[Cell]:
     return cells
 
 
-_AXES = {"SEEDS": int, "IMS_PER_BATCH": int, "GROUPING_STRENGTH": (int, float)}
+# What each value of an axis must be, and how to say so.
+_AXES: Dict[str, Tuple[Callable[[Any], bool], str]] = {
+    "SEEDS": (lambda v: is_int(v) and 0 <= v < 2**31, "whole numbers >= 0"),
+    "IMS_PER_BATCH": (lambda v: is_int(v) and v > 0, "whole numbers > 0"),
+    "GROUPING_STRENGTH": (lambda v: is_number(v) and 0 <= v <= 1, "numbers from 0 to 1"),
+}
+_MAX_RUNS = 10_000
 
 
 def _check_part(path: str, part: Dict[str, Any]) -> None:
     """Raises a UserError that names the key whose value has another form than it must have."""
-    for key, kind in _AXES.items():
+    for key, (is_right, words) in _AXES.items():
         values = part.get(key, [])
-        if not isinstance(values, list) or not all(isinstance(v, kind) for v in values):
-            raise UserError(f"matrix {path}: {key} is {values!r}: use a list of numbers")
+        if not isinstance(values, list) or not all(map(is_right, values)):
+            raise UserError(f"matrix {path}: {key} is {values!r}: use a list of {words}")
+    for key in ("DETECTOR", "CLASSIFIER"):
+        if not isinstance(part.get(key, ""), str):
+            raise UserError(f"matrix {path}: {key} is {part[key]!r}: use the path of a config")
     entries = part["NORMS"]
     for entry in entries if isinstance(entries, list) else [None]:
-        if not isinstance(entry, str) and not (isinstance(entry, dict) and "norm" in entry):
+        entry = {"norm": entry} if isinstance(entry, str) else entry
+        keys = ("norm", *({"name", "pretrained"} & set(entry))) if isinstance(entry, dict) else ()
+        if not keys or not all(isinstance(entry.get(k), str) for k in keys):
             raise UserError(
                 f"matrix {path}: NORMS is {entries!r}: use a list of norm types or of "
                 "{name, norm, pretrained, opts}"
@@ -166,6 +178,11 @@ def _check_part(path: str, part: Dict[str, Any]) -> None:
     ]:
         if not isinstance(opts, list):
             raise UserError(f"matrix {path}: options are {opts!r}: use a list [KEY, VALUE, ...]")
+        if "OUTPUT_DIR" in opts:
+            raise UserError(f"matrix {path}: OUTPUT_DIR is not an option here: use --output")
+    runs = math.prod(len(part.get(key, [0])) for key in (*_AXES, "NORMS"))
+    if runs > _MAX_RUNS:
+        raise UserError(f"matrix {path}: is of {runs} runs: use fewer than {_MAX_RUNS}")
 
 
 def _cells(path: str, matrix: Dict[str, Any]) -> List[Cell]:
@@ -184,8 +201,8 @@ def _cells(path: str, matrix: Dict[str, Any]) -> List[Cell]:
         files = {}
         for key, kind in (("DETECTOR", norm), ("CLASSIFIER", pretrained)):
             if key in matrix:
-                names = {"norm": kind.lower(), "pretrained": pretrained.lower()}
-                file = folder / matrix[key].format(**names)
+                file = matrix[key].replace("{norm}", kind.lower())
+                file = folder / file.replace("{pretrained}", pretrained.lower())
                 if not file.is_file():
                     raise UserError(f"matrix {path}: {key} of norm {kind}: {file} does not exist")
                 files[key] = str(file)

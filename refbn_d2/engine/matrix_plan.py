@@ -98,8 +98,8 @@ def check_data(cells: List[Cell]) -> None:
 def _check_data_set(name: str) -> None:
     with dataset_errors([name]):
         metadata = MetadataCatalog.get(name)
-        paths = [metadata.get(key) for key in ("json_file", "image_root")]
-        if not all(p and Path(p).exists() for p in paths):
+        json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
+        if not json_file or not Path(json_file).exists():
             DatasetCatalog.get(name)  # says what is missing, or generates it
-        if paths[1] and not Path(paths[1]).exists():
-            raise FileNotFoundError(None, None, paths[1])
+        if image_root and not Path(image_root).exists():
+            raise FileNotFoundError(None, None, image_root)

@@ -15,6 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..config import load_config
 from ..errors import UserError
+from ..evaluation.inputs import read_json
+from ..files import atomic_write
 from .matrix import Cell
 
 __all__ = ["is_finished", "is_pretrained", "run_matrix"]
@@ -37,7 +39,7 @@ def is_pretrained(cell: Cell, output: Path) -> bool:
 def is_finished(cell: Cell, output: Path) -> bool:
     """Whether the cell is trained and evaluated."""
     file = output / cell.folder / "run.json"
-    return file.exists() and json.loads(file.read_text())["status"] == "finished"
+    return file.exists() and _read(file).get("status") == "finished"
 
 
 class _Failed(Exception):
@@ -65,8 +67,8 @@ class _Runner:
             (self._output / cell.folder / "run.json", ("detector", "pretraining")),
             (self._output / cell.classifier_folder / "pretraining.json", ("pretraining",)),
         ):
-            before = json.loads(file.read_text())["settings"] if file.exists() else settings
-            if any(before.get(k) != settings[k] for k in keys):
+            before = _read(file).get("settings") if file.exists() else settings
+            if not isinstance(before, dict) or any(before.get(k) != settings[k] for k in keys):
                 raise UserError(
                     f"{file.parent} holds a run of another config: choose another --output"
                 )
@@ -128,7 +130,7 @@ class _Runner:
         file = folder / "run.json"
         record = _record(cell)
         if is_finished(cell, self._output):
-            return json.loads(file.read_text())
+            return _read(file)
         if self._stop.is_set():
             return {**record, "status": "interrupted"}
         _write(file, {**record, "status": "running"})
@@ -173,11 +175,20 @@ def _record(cell: Cell) -> Dict[str, Any]:
     }
 
 
+def _read(file: Path) -> Dict[str, Any]:
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: is no record of a run, but a {type(content).__name__}")
+    return content
+
+
 def _write(path: Path, record: Dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1))
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(str(path)) as f:
+            json.dump(record, f, indent=1)
+    except OSError as e:
+        raise UserError(f"{path} cannot be written: {e.strerror}") from None
 
 
 def run_matrix(cells: List[Cell], output: Path, num_gpus: int, jobs: int) -> List[Dict[str, Any]]:

@@ -1,17 +1,21 @@
-"""Reading a pickle of arrays without running what else may be in it."""
+"""Reading files of weights without running what else may be in them: .pkl and .pth."""
 
 import collections
+import io
 import pickle
-from typing import IO, Any, Dict, Tuple
+import pickletools
+import zipfile
+from typing import IO, Any, Dict, Tuple, Union
 
 import numpy as np
+import torch
 
 try:
     from numpy._core import multiarray, numeric
 except ImportError:  # NumPy 1
     from numpy.core import multiarray, numeric
 
-__all__ = ["load"]
+__all__ = ["load", "load_torch"]
 
 
 def _latin1(text: str, encoding: str) -> bytes:
@@ -20,15 +24,32 @@ def _latin1(text: str, encoding: str) -> bytes:
     return text.encode(encoding)
 
 
+def _dtype(*args: Any) -> np.dtype:
+    dtype = np.dtype(*args)
+    if dtype.kind not in "biufcSU":  # others have parts, which a pickle could set as it likes
+        raise pickle.UnpicklingError(f"it has an array of type {dtype}, not of numbers or text")
+    return dtype
+
+
+# What array pickles name as the first argument of _reconstruct; as a function it would allocate.
+_NDARRAY = object()
+
+
+def _reconstruct(kind: Any, shape: Any, typecode: Any) -> np.ndarray:
+    if kind is not _NDARRAY or shape != (0,):
+        raise pickle.UnpicklingError("it has an array that NumPy does not write so")
+    return multiarray._reconstruct(np.ndarray, (0,), b"b")
+
+
 # All that a pickled dict of NumPy arrays names: how arrays, their types and numbers are rebuilt.
 _ALLOWED: Dict[Tuple[str, str], Any] = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
+    ("numpy", "ndarray"): _NDARRAY,
+    ("numpy", "dtype"): _dtype,
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("_codecs", "encode"): _latin1,  # how old protocols write bytes
 }
 for _core in ("numpy.core", "numpy._core"):
-    _ALLOWED[f"{_core}.multiarray", "_reconstruct"] = multiarray._reconstruct
+    _ALLOWED[f"{_core}.multiarray", "_reconstruct"] = _reconstruct
     _ALLOWED[f"{_core}.multiarray", "scalar"] = multiarray.scalar
     _ALLOWED[f"{_core}.numeric", "_frombuffer"] = numeric._frombuffer
 
@@ -47,6 +68,37 @@ def load(file: IO[bytes], encoding: str = "ASCII") -> Any:
     """``pickle.load`` for dicts of arrays, numbers and text.
 
     Raises:
-        pickle.UnpicklingError: the file asks for anything else.
+        pickle.UnpicklingError: the file asks for anything else, or claims more than it has.
     """
-    return _ArrayUnpickler(file, encoding=encoding).load()
+    data = file.read()
+    _check_claims(data)
+    return _ArrayUnpickler(io.BytesIO(data), encoding=encoding).load()
+
+
+def _check_claims(data: bytes) -> None:
+    """Raises an error if a length in the pickle, for which memory would be taken, is not true."""
+    try:
+        for opcode, value, _ in pickletools.genops(data):
+            if opcode.name in ("FRAME", "PUT", "BINPUT", "LONG_BINPUT") and value > len(data):
+                raise ValueError(f"its {opcode.name} of {value} is larger than the file")
+    except ValueError as e:
+        raise pickle.UnpicklingError(f"no pickle, or a damaged one: {e}") from None
+
+
+_torch_load = torch.load
+
+
+def load_torch(file: Union[str, IO[bytes]], map_location: Any = "cpu", **_: Any) -> Any:
+    """``torch.load`` for tensors, numbers, text and containers of them, whatever its version does.
+
+    Raises:
+        pickle.UnpicklingError: the file asks for anything else, or is compressed: torch.save never
+            does that, and a small file could fill the memory.
+    """
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as f:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in f.infolist()):
+                raise pickle.UnpicklingError("it is compressed, and torch.save does not compress")
+    if not isinstance(file, str):
+        file.seek(0)
+    return _torch_load(file, map_location=map_location, weights_only=True)

@@ -6,7 +6,6 @@ import weakref
 from typing import Any, Dict, Iterator, List, Optional
 from unittest import mock
 
-import yaml
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetCatalog,
@@ -29,8 +28,10 @@ from detectron2.utils.events import JSONWriter
 from detectron2.utils.logger import setup_logger
 from torch.utils.data import Dataset, RandomSampler, Sampler
 
+from .. import plain_yaml
 from ..config import apply_norm_config, load_config
-from ..data.errors import dataset_errors, naming_the_file
+from ..data.annotations import check_dicts
+from ..data.errors import annotation_files, dataset_errors, naming_the_file
 from ..data.grouped_sampler import GroupedTrainingSampler, image_groups
 from ..data.loader import TrainLoader
 from ..errors import UserError
@@ -80,11 +81,11 @@ def _check_resumable(cfg: CfgNode) -> None:
     path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
     if not os.path.isfile(path):
         return
-    try:
-        with open(path) as f:
-            before = _norm_keys(yaml.safe_load(f) or {})
-    except yaml.YAMLError:  # the run was killed while it wrote the file
-        return
+    # Empty if the run was killed while it wrote the file.
+    content = plain_yaml.read(path) or {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: is no config, but a {type(content).__name__}")
+    before = _norm_keys(content)
     for key, value in _norm_keys(cfg).items():
         if before.get(key, value) != value:
             raise UserError(
@@ -127,7 +128,7 @@ class Trainer(DefaultTrainer):
         """Raises before training what would else be raised after it."""
         for name in cfg.DATASETS.TEST:
             with dataset_errors([name]):
-                DatasetCatalog.get(name)
+                check_dicts(DatasetCatalog.get(name), annotation_files([name]))
                 self.build_evaluator(cfg, name)
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -239,12 +240,14 @@ class Trainer(DefaultTrainer):
     @staticmethod
     def _train_dicts(cfg: CfgNode) -> List[Dict[str, Any]]:
         keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
-        return get_detection_dataset_dicts(
+        dicts = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN,
             filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
             min_keypoints=keypoints if cfg.MODEL.KEYPOINT_ON else 0,
             proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
+        check_dicts(dicts, annotation_files(cfg.DATASETS.TRAIN))
+        return dicts
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):

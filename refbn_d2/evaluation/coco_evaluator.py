@@ -1,6 +1,7 @@
 """detectron2's COCOEvaluator with hotcoco inside: the same numbers in seconds, not minutes."""
 
 import contextlib
+from pathlib import Path
 from typing import Any, Dict
 
 import hotcoco
@@ -9,6 +10,7 @@ from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from pycocotools.cocoeval import COCOeval
 
 from ..errors import UserError
+from .inputs import check_ground_truth
 
 __all__ = ["BACKENDS", "FastCOCOEvaluator"]
 
@@ -58,6 +60,9 @@ class FastCOCOEvaluator(COCOEvaluator):
         if backend not in BACKENDS:
             raise UserError(f"TEST.COCO_BACKEND {backend!r}: must be one of {', '.join(BACKENDS)}")
         super().__init__(dataset_name, *args, **{**kwargs, "use_fast_impl": False})
+        if self._do_evaluation:
+            file = Path(self._metadata.json_file)
+            check_ground_truth(file, self._coco_api.dataset, ["bbox"])
         # Set after the fact: without its C++ extension detectron2 would turn it off again.
         self._use_fast_impl = backend == "hotcoco"
 

@@ -5,17 +5,24 @@ another size is compared all the same), so every entry is checked here, before a
 """
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
 
 import hotcoco
 
+from ..data.annotations import box_problem, is_int, is_number, masks_problem
+from ..data.rle import rle_problem
 from ..errors import UserError
-from .rle import rle_problem
 
-__all__ = ["IOU_TYPES", "GroundTruth", "load_ground_truth", "load_results", "read_json"]
+__all__ = [
+    "IOU_TYPES",
+    "GroundTruth",
+    "check_ground_truth",
+    "load_ground_truth",
+    "load_results",
+    "read_json",
+]
 
 IOU_TYPES = ("bbox", "segm")
 
@@ -45,34 +52,14 @@ def read_json(path: Path) -> Any:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as e:
+    except (OSError, ValueError) as e:  # not UTF-8, or no possible name
         raise UserError(f"{path}: cannot be read ({e})") from None
     if not text.strip():
         raise UserError(f"{path}: the file is empty")
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{path}: not JSON, or cut off ({e})") from None
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _box_problem(box: Any) -> str:
-    """Why ``box`` is no [x, y, width, height] in pixels, or ''.
-
-    x and y may be negative: a box may reach over the image's edge, and COCO evaluates it so.
-    """
-    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
-        return f"bbox {box} is not four finite numbers"
-    if box[2] < 0 or box[3] < 0:
-        return f"bbox {box} has a negative width or height"
-    return ""
 
 
 def _by_id(path: Path, entries: Any, kind: str) -> Dict[int, Dict[str, Any]]:
@@ -81,7 +68,7 @@ def _by_id(path: Path, entries: Any, kind: str) -> Dict[int, Dict[str, Any]]:
     found: Dict[int, Dict[str, Any]] = {}
     for n, entry in enumerate(entries):
         key = entry.get("id") if isinstance(entry, dict) else None
-        if not _is_int(key):
+        if not is_int(key):
             raise UserError(f"{path}: {kind}[{n}] has no integer id")
         if key in found:
             raise UserError(f"{path}: id {key} occurs twice in {kind}")
@@ -100,6 +87,25 @@ def load_ground_truth(path: Path, iou_types: Sequence[str]) -> GroundTruth:
         UserError: naming the file and the first entry that is wrong.
     """
     content = read_json(path)
+    sizes, categories = check_ground_truth(path, content, iou_types)
+    try:
+        coco = hotcoco.COCO(content)
+    except Exception as e:  # a field of a type that COCO does not give it
+        raise UserError(f"{path}: is no COCO ground truth: {e}") from None
+    return GroundTruth(path, content, coco, sizes, categories)
+
+
+def check_ground_truth(
+    path: Path, content: Any, iou_types: Sequence[str]
+) -> Tuple[Dict[int, Tuple[int, int]], Dict[int, str]]:
+    """Checks COCO instance annotations that are read already.
+
+    Returns:
+        Sizes and categories, see :class:`GroundTruth`.
+
+    Raises:
+        UserError: naming the file and the first entry that is wrong.
+    """
     if not isinstance(content, dict):
         raise UserError(f"{path}: is no COCO ground truth, but a {type(content).__name__}")
     images = _by_id(path, content.get("images"), "images")
@@ -110,24 +116,32 @@ def load_ground_truth(path: Path, iou_types: Sequence[str]) -> GroundTruth:
     sizes = {}
     for key, image in images.items():
         size = image.get("height"), image.get("width")
-        if not all(_is_int(s) and s > 0 for s in size):
+        if not all(is_int(s) and s > 0 for s in size):
             raise UserError(f"{path}: image {key} has no height and width")
         sizes[key] = size
     for key, annotation in annotations.items():
         where = f"{path}: annotation {key}"
-        if annotation.get("image_id") not in images:
-            raise UserError(f"{where} is of unknown image {annotation.get('image_id')}")
-        if annotation.get("category_id") not in categories:
-            raise UserError(f"{where} is of unknown category {annotation.get('category_id')}")
-        problem = _box_problem(annotation.get("bbox"))
+        image, category = annotation.get("image_id"), annotation.get("category_id")
+        if not is_int(image) or image not in images:
+            raise UserError(f"{where} is of unknown image {image}")
+        if not is_int(category) or category not in categories:
+            raise UserError(f"{where} is of unknown category {category}")
+        problem = box_problem(annotation.get("bbox"))
         if problem:
             raise UserError(f"{where}: {problem}")
-        if not _is_number(annotation.get("area")) or annotation["area"] < 0:
+        if not is_number(annotation.get("area")) or annotation["area"] < 0:
             raise UserError(f"{where}: area {annotation.get('area')} is not a number >= 0")
+        if annotation.get("iscrowd", 0) not in (0, 1):
+            raise UserError(f"{where}: iscrowd {annotation['iscrowd']} is neither 0 nor 1")
         if "segm" in iou_types and not annotation.get("segmentation"):
             raise UserError(f"{where} has no segmentation; leave segm out of --iou-type")
-    names = {k: str(c.get("name", k)) for k, c in categories.items()}
-    return GroundTruth(path, content, hotcoco.COCO(content), sizes, names)
+    masked = [a for a in annotations.values() if a.get("segmentation")]
+    problem = masks_problem(
+        [a["segmentation"] for a in masked], [sizes[a["image_id"]] for a in masked]
+    )
+    if problem:
+        raise UserError(f"{path}: annotation {masked[problem[0]]['id']}: {problem[1]}")
+    return sizes, {k: str(c.get("name", k)) for k, c in categories.items()}
 
 
 def load_results(path: Path, gt: GroundTruth, iou_types: Sequence[str]) -> List[Dict[str, Any]]:
@@ -163,14 +177,14 @@ def _detection_problem(entry: Any, gt: GroundTruth, iou_types: Sequence[str]) ->
     if not isinstance(entry, dict):
         return f"is a {type(entry).__name__}, not a detection"
     image, category, score = (entry.get(k) for k in ("image_id", "category_id", "score"))
-    if not _is_int(image) or image not in gt.sizes:
+    if not is_int(image) or image not in gt.sizes:
         return f"unknown image_id {image}; it is not in {gt.path}"
-    if not _is_int(category) or category not in gt.categories:
+    if not is_int(category) or category not in gt.categories:
         return f"unknown category_id {category}; it is not in {gt.path}"
-    if not _is_number(score) or score < 0:
+    if not is_number(score) or score < 0:
         return f"score {score} is not a number >= 0"
     if "bbox" in entry:
-        problem = _box_problem(entry["bbox"])
+        problem = box_problem(entry["bbox"])
         if problem:
             return problem
     elif "segmentation" not in entry:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
+from ..data.annotations import is_number
 from ..errors import UserError
 from .inputs import read_json
 
@@ -148,12 +149,11 @@ def training_log(path: Path) -> Dict[str, List[List[float]]]:
         try:
             entry = json.loads(line)
             iteration = entry["iteration"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
         for name, points in curves.items():
-            value = entry.get(name)
-            if isinstance(value, (int, float)) and math.isfinite(value):
-                points.append([iteration, value])
+            if is_number(iteration) and is_number(entry.get(name)):
+                points.append([iteration, entry[name]])
     return curves
 
 
@@ -161,8 +161,10 @@ def common_ground_truth(runs: Sequence[Run]) -> Path:
     """The ground truth that all finished runs name.
 
     Raises:
-        UserError: if they name none, or different ones.
+        UserError: if they name none, or different ones, or none has finished.
     """
+    if all(run.error for run in runs):
+        raise UserError(f"none of the {len(runs)} runs has finished; nothing to report")
     named = {str(run.gt) for run in runs if run.gt and not run.error}
     if len(named) != 1:
         what = (

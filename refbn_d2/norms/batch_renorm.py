@@ -78,9 +78,15 @@ class BatchRenorm2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalizes x, (N, C, H, W); same shape, dtype and memory format out."""
-        if not self.training:
-            return super().forward(x)
         self._check_input_dim(x)
+        if self.training:
+            return self._forward_in_training(x)
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+        )
+
+    @torch.jit.unused  # a step of training is no part of a scripted model
+    def _forward_in_training(self, x: Tensor) -> Tensor:
         if x.numel() == 0:
             stats = self.running_mean, self.running_var
             return F.batch_norm(x, *stats, self.weight, self.bias, training=False, eps=self.eps)

@@ -113,19 +113,26 @@ class ReferenceNorm2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalizes x, (N, C, H, W); same shape, dtype and memory format out."""
-        self._check_input(x)
+        self._check_input_dim(x)
+        if self._moments is None and self._by_running_stats():
+            # BatchNorm's own forward pass, which TorchScript cannot call from here.
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
+        return self._forward_by_reference(x)
+
+    @torch.jit.unused
+    def _forward_by_reference(self, x: Tensor) -> Tensor:
+        self._check_channels(x)
         if self._moments is not None:
             return self._capture(x)
-        if self._by_running_stats():
-            return super().forward(x)
         if x.numel() == 0:
             return self._affine(x)
         if not self._has_reference:
             self._take_reference(batch_statistics(x))
         return self._normalize(x)
 
-    def _check_input(self, x: Tensor) -> None:
-        self._check_input_dim(x)
+    def _check_channels(self, x: Tensor) -> None:
         if x.shape[1] != self.num_features:
             raise ValueError(
                 f"expected {self.num_features} channels, got an input of shape {tuple(x.shape)}"
@@ -225,11 +232,12 @@ class RefBatchNorm2d(ReferenceNorm2d):
         super().__init__(num_features, eps, momentum, **kwargs)
         self.pseudo_count = float(pseudo_count)
 
-    def forward(self, x: Tensor) -> Tensor:
+    @torch.jit.unused
+    def _forward_by_reference(self, x: Tensor) -> Tensor:
         # BatchNorm counts an empty batch, which moves a cumulative average.
         if self.pseudo_count == 0 and self._moments is None and x.numel() > 0:
             return nn.BatchNorm2d.forward(self, x)
-        return super().forward(x)
+        return super()._forward_by_reference(x)
 
     def _normalize(self, x: Tensor) -> Tensor:
         y, mean, var = ref_batch_norm(

@@ -41,11 +41,11 @@ class SyncRefBatchNorm2d(RefBatchNorm2d):
             refuse it too; on every process.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalizes x, this process's (N, C, H, W); same shape, dtype and memory format out."""
+    @torch.jit.unused
+    def _forward_by_reference(self, x: Tensor) -> Tensor:
         if not self._synchronizes():
-            return super().forward(x)
-        self._check_input(x)
+            return super()._forward_by_reference(x)
+        self._check_channels(x)
         moments = Moments(_all_gather)
         moments.add(x)
         if moments.count == 0:

@@ -59,7 +59,7 @@ class VirtualBatchNorm2d(ReferenceNorm2d):
             )
 
     def _by_running_stats(self) -> bool:
-        return super()._by_running_stats() and not self.has_reference
+        return not (self.training or self.running_mean is None or self._has_reference)
 
     def _normalize(self, x: Tensor) -> Tensor:
         dtype = statistics_dtype(x)

@@ -5,6 +5,7 @@ import pickle
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import SizeMismatchError
+from PIL import Image
 
 from refbn_d2.data.errors import dataset_errors, naming_the_file
 from refbn_d2.errors import UserError
@@ -60,12 +61,13 @@ def _fail(d):
         (SyntaxError("broken PNG"), "a.jpg cannot be read: broken PNG"),
     ],
 )
-def test_image_errors_name_the_file(error, expected):
+def test_image_errors_name_the_file(error, expected, tmp_path):
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.jpg")
     mapper = pickle.loads(pickle.dumps(naming_the_file(_fail)))  # as workers get it
     with pytest.raises(UserError, match=expected):
-        mapper({"file_name": "a.jpg", "error": error})
+        mapper({"file_name": str(tmp_path / "a.jpg"), "error": error})
 
 
 def test_other_errors_pass():
     with pytest.raises(ZeroDivisionError):
-        naming_the_file(_fail)({"file_name": "a.jpg", "error": ZeroDivisionError()})
+        naming_the_file(_fail)({"error": ZeroDivisionError()})

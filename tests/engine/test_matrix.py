@@ -113,7 +113,7 @@ def test_a_missing_or_malformed_matrix(tmp_path):
     with pytest.raises(UserError, match="none.yaml"):
         load_matrix(str(tmp_path / "none.yaml"))
     (tmp_path / "bad.yaml").write_text("a: [1")
-    with pytest.raises(UserError, match="not YAML"):
+    with pytest.raises(UserError, match="not plain YAML"):
         load_matrix(str(tmp_path / "bad.yaml"))
 
 

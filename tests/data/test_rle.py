@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 from pycocotools import mask as mask_util
 
-from refbn_d2.evaluation import rle
+from refbn_d2.data import rle
 
 masks = st_numpy.arrays(
     np.uint8, st.tuples(st.integers(1, 60), st.integers(1, 60)), elements=st.integers(0, 1)

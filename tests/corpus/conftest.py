@@ -1,0 +1,9 @@
+"""Says at the end of a run how many bad files there were."""
+
+from .harness import COUNT
+
+
+def pytest_terminal_summary(terminalreporter):
+    if COUNT:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(COUNT.items()))
+        terminalreporter.write_line(f"corpus of bad inputs: {sum(COUNT.values())} ({kinds})")

@@ -1,0 +1,309 @@
+"""What a report reads: detections, ground truth and run folders. No report, or a whole one."""
+
+import functools
+import json
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from refbn_d2.evaluation.comparison import compare
+from refbn_d2.evaluation.report import as_json, check_output, write_report
+from refbn_d2.evaluation.runs import common_ground_truth, find_runs, named_results, training_log
+from tests.evaluation import generated
+
+from .harness import feed
+from .test_annotations import DROP, anything, changed
+
+NAN, INF = math.nan, math.inf
+G, R, T = "segmentation", "counts", "bbox"
+
+
+@pytest.fixture(scope="module")
+def truth():
+    return generated.ground_truth(images=6, seed=3)
+
+
+@pytest.fixture(scope="module")
+def found(truth):
+    return generated.detections(truth)
+
+
+def report(argv) -> None:
+    """As tools/compare.py report."""
+    check_output(argv["output"])
+    runs = named_results(argv["results"]) if "results" in argv else find_runs(argv["runs"])
+    gt = argv.get("gt") or common_ground_truth(runs)
+    comparison = compare(runs, gt, ("bbox", "segm"), None, 2, 0)
+    as_json(comparison)
+    if argv.get("write"):  # takes a second, and cannot meet a bad file any more
+        write_report(comparison, argv["output"], None)
+
+
+@pytest.fixture(scope="module")
+def feed_report(tmp_path_factory, truth, found):
+    folder = tmp_path_factory.mktemp("report")
+    good = folder / "good.json"
+    good.write_text(json.dumps(found))
+    count = iter(range(10_000))
+
+    def function(kind, text, write=False):
+        """``text``: of the file, "results" or "truth"."""
+        path, gt, output = folder / "bad.json", folder / "gt.json", folder / f"out{next(count)}"
+        gt.write_text(json.dumps(truth))
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        if kind == "truth":
+            gt, path = path, good
+        argv = {
+            "results": [f"BN={good}", f"RefBN={path}"],
+            "gt": gt,
+            "output": output,
+            "write": write,
+        }
+        if path == good:
+            argv["results"] = argv["results"][:1]
+        line = feed(kind, "bad.json", functools.partial(report, argv))
+        written = sorted(p.name for p in output.iterdir()) if output.exists() else []
+        assert written == (["report.html", "report.json", "report.md"] if write else [])
+        return line
+
+    return function
+
+
+RESULTS = {
+    **{
+        f"image {v!r}": ((0, "image_id"), v, "image_id")
+        for v in (999, -1, "1", None, 1.5, [1], True, {})
+    },
+    **{
+        f"category {v!r}": ((0, "category_id"), v, "") for v in (999, 0, "1", None, 0.5, [1], False)
+    },
+    **{
+        f"score {v!r}": ((0, "score"), v, "score")
+        for v in (NAN, INF, -INF, -0.1, "1", None, [1], True)
+    },
+    "huge score": ((0, "score"), 10**400, "score"),
+    **{
+        f"box {v!r}": ((0, T), v, "bbox")
+        for v in (None, [], [1, 2, 3], [1, 2, 3, 4, 5], "1234", 7, {}, [1, 2, -3, 4], [1, 2, 3, -4])
+    },
+    **{
+        f"box with {v!r}": ((0, T, 1), v, "bbox") for v in (NAN, INF, None, "1", [1], True, 10**400)
+    },
+    **{
+        f"mask {v!r}": ((0, G), v, "")
+        for v in (None, [], "x", 3, {}, [[1, 2, 3, 4, 5, 6]], {"size": 3})
+    },
+    **{
+        f"runs {v!r}": ((0, G, R), v, "")
+        for v in (None, "", "~", "é", 3, [1, 2], "o", "0" * 50, "0" * 10**5)
+    },
+    **{
+        f"size {v!r}": ((0, G, "size"), v, "RLE of size")
+        for v in (
+            None,
+            [],
+            [320],
+            [320, 321],
+            [-320, -320],
+            [1e9, 1e9],
+            "320",
+            [10**9, 10**9],
+            [NAN, 1],
+        )
+    },
+    **{f"without {k}": ((0, k), DROP, "") for k in ("image_id", "category_id", "score", G)},
+    "entry is nothing": ((0,), None, "entry 0"),
+    "entry is a list": ((0,), [1], "entry 0"),
+    "box without a mask's box": ((0, T), DROP, None),
+    "key that is not COCO's": ((0, "extra"), [1], None),
+}
+
+
+@pytest.mark.parametrize("case", RESULTS)
+def test_results(case, feed_report, found):
+    path, value, word = RESULTS[case]
+    line = feed_report("results", json.dumps(changed(found, path, value)))
+    assert line is None if word is None else word in line
+
+
+TEXTS = {
+    "empty": "",
+    "blank": "\n",
+    "dict": "{}",
+    "number": "3",
+    "nothing": "null",
+    "text": '"x"',
+    "numbers": "[1, 2]",
+    "lists": "[[]]",
+    "deep": "[" * 100_000,
+    "deep and closed": "[" * 100_000 + "]" * 100_000,
+    "not JSON": "AP = 37",
+    "two": "[][]",
+    "comma": "[{}, ]",
+    "digits without end": "[" + "9" * 5000 + "]",
+    "binary": bytes(range(256)),
+    "zeros": bytes(100),
+    "UTF-16": "[]".encode("utf-16"),
+    "byte order mark": b"\xef\xbb\xbf[]",
+    "pickle": b"\x80\x04cos\nmkdir\n(Vran\ntR.",
+}
+
+
+@pytest.mark.parametrize("kind", ["results", "truth"])
+@pytest.mark.parametrize("case", TEXTS)
+def test_texts(case, kind, feed_report):
+    assert feed_report(kind, TEXTS[case]) is not None
+
+
+@pytest.mark.parametrize("share", [0.01, 0.2, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("kind", ["results", "truth"])
+def test_truncated(kind, share, feed_report, found, truth):
+    text = json.dumps(found if kind == "results" else truth)
+    assert "cut off" in feed_report(kind, text[: int(len(text) * share)])
+
+
+def test_the_unchanged_files_work(feed_report, found, truth):
+    assert feed_report("results", json.dumps(found), write=True) is None
+    assert feed_report("results", "[]", write=True) is None
+    assert feed_report("truth", json.dumps(truth)) is None
+
+
+A, P, C = "annotations", "images", "categories"
+TRUTHS = {
+    **{
+        f"{k} {v!r}": ((k,), v, "")
+        for k in (A, P, C)
+        for v in (None, {}, "x", [1], [None], [[]], [{}])
+    },
+    **{
+        f"{k} id {v!r}": ((k, 0, "id"), v, "")
+        for k in (A, P, C)
+        for v in (None, "1", 1.5, [1], True, 2)
+    },
+    **{
+        f"height {v!r}": ((P, 0, "height"), v, "")
+        for v in (None, 0, -1, 1.5, "9", NAN, True, 10**400)
+    },
+    **{f"image {v!r}": ((A, 0, "image_id"), v, "") for v in (None, 99, "1", [1], {}, True)},
+    **{f"category {v!r}": ((A, 0, "category_id"), v, "") for v in (None, 99, "1", [1], {}, True)},
+    **{
+        f"box {v!r}": ((A, 0, T), v, "bbox")
+        for v in (None, [], [1, 2, 3], "1", [NAN] * 4, [1, 2, -1, 3])
+    },
+    **{f"area {v!r}": ((A, 0, "area"), v, "area") for v in (None, NAN, -1, "1", [1], INF)},
+    **{f"crowd {v!r}": ((A, 0, "iscrowd"), v, "iscrowd") for v in ("1", 2, -1, [0], {}, NAN)},
+    **{
+        f"mask {v!r}": ((A, 0, G), v, "")
+        for v in (None, [], "x", 5, {}, [[]], [1, 2], [[1, NAN] * 3])
+    },
+    **{f"runs {v!r}": ((A, 0, G, R), v, "") for v in (None, "", "~~", 5, [1], [-1, 102401], ["a"])},
+    "category without a name": ((C, 0, "name"), DROP, None),
+    "category whose name is a list": ((C, 0, "name"), [1], ""),
+    "name of an image is a number": ((P, 0, "file_name"), 3, ""),
+}
+
+
+@pytest.mark.parametrize("case", TRUTHS)
+def test_ground_truth(case, feed_report, truth):
+    path, value, word = TRUTHS[case]
+    line = feed_report("truth", json.dumps(changed(truth, path, value)))
+    assert line is None if word is None else word in line
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(place=st.sampled_from([v[0] for v in RESULTS.values()]), value=anything)
+def test_random_results(feed_report, found, place, value):
+    feed_report("results", json.dumps(changed(found, place, value)))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(place=st.sampled_from([v[0] for v in TRUTHS.values()]), value=anything)
+def test_random_ground_truth(feed_report, truth, place, value):
+    feed_report("truth", json.dumps(changed(truth, place, value)))
+
+
+# Keys of run.json; "finished" where nothing else is said.
+RUNS = {
+    **{f"name {v!r}": ({"name": v}, "") for v in (None, "", 3, [], {}, True)},
+    **{f"seed {v!r}": ({"seed": v}, "") for v in (None, "1", 1.5, [], True, NAN)},
+    **{f"batch {v!r}": ({"ims_per_batch": v}, "ims_per_batch") for v in ("2", 1.5, [], True)},
+    **{
+        f"grouping {v!r}": ({"grouping": v}, "grouping") for v in ("0", [], True, NAN, INF, -0.5, 2)
+    },
+    **{f"iid {v!r}": ({"grouping": None, "iid": v}, "") for v in ("yes", [], NAN, 3, -1)},
+    **{f"gt {v!r}": ({"gt": v}, "") for v in (3, [], {}, True, "nowhere.json", "", "a\0b", None)},
+    **{f"images {v!r}": ({"image_root": v}, "image_root") for v in (3, [], {}, True)},
+    **{f"status {v!r}": ({"status": v}, "has finished") for v in (None, "failed", 3, [], {})},
+}
+
+
+def write_run(folder, truth, found, **changes):
+    (folder / "inference").mkdir(parents=True)
+    (folder.parent / "gt.json").write_text(json.dumps(truth))
+    (folder / "inference/coco_instances_results.json").write_text(json.dumps(found))
+    run = {"name": "BN", "seed": 1, "status": "finished", "gt": str(folder.parent / "gt.json")}
+    (folder / "run.json").write_text(json.dumps({**run, **changes}))
+
+
+def feed_runs(tmp_path, name="run.json"):
+    argv = {"runs": tmp_path, "output": tmp_path / "report"}
+    line = feed("run folders", name, functools.partial(report, argv))
+    assert not (tmp_path / "report").exists()
+    return line
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_run_json(case, tmp_path, truth, found):
+    changes, word = RUNS[case]
+    write_run(tmp_path / "run", truth, found, **changes)
+    assert word in feed_runs(tmp_path, "" if case.startswith(("gt", "status")) else "run.json")
+
+
+@pytest.mark.parametrize("case", TEXTS)
+def test_run_json_of_something_else(case, tmp_path, truth, found):
+    write_run(tmp_path / "run", truth, found)
+    text = TEXTS[case]
+    (tmp_path / "run/run.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert feed_runs(tmp_path) is not None
+
+
+def test_run_folders_as_a_whole(tmp_path, truth, found):
+    assert "has a run.json" in feed_runs(tmp_path, str(tmp_path))
+    write_run(tmp_path / "run", truth, found)
+    write_run(tmp_path / "copy", truth, found)
+    assert "are both BN with seed 1" in feed_runs(tmp_path, str(tmp_path))
+    (tmp_path / "copy/inference/coco_instances_results.json").unlink()
+    (tmp_path / "copy/run.json").write_text('{"name": "GN", "seed": 1, "status": "finished"}')
+    assert feed_runs(tmp_path, "") is None  # reported as a run without results
+
+
+METRICS = [
+    "",
+    "{",
+    "null",
+    "[]",
+    "3",
+    '{"iteration": "x"}',
+    '{"iteration": null, "total_loss": 1}',
+    '{"iteration": 1e999, "total_loss": 1}',
+    '{"iteration": [1], "total_loss": 1}',
+    '{"iteration": 3, "total_loss": "low"}',
+    '{"iteration": 3, "total_loss": NaN}',
+    '{"iteration": 3, "total_loss": [1]}',
+    '{"iteration": 3, "total_loss": true}',
+    '{"iteration": ' + "9" * 5000 + "}",
+    "[" * 100_000,
+    "\x00\x00",
+]
+
+
+@pytest.mark.parametrize("line", METRICS, ids=range(len(METRICS)))
+def test_a_damaged_line_of_metrics_is_left_out(line, tmp_path):
+    good = '{"iteration": 19, "total_loss": 1.5}'
+    path = tmp_path / "metrics.json"
+    path.write_text(f"{good}\n{line}\n{good}\n")
+    curves = {}
+    assert feed("metrics", "", lambda: curves.update(training_log(path))) is None
+    assert curves["total_loss"] == [[19, 1.5], [19, 1.5]]

@@ -1,0 +1,148 @@
+"""Exported models give the outputs of the model, on real images of other sizes than traced."""
+
+import io
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from detectron2.export import STABLE_ONNX_OPSET_VERSION, TracingAdapter, scripting_with_instances
+from detectron2.export.torchscript_patch import patch_builtin_len
+from detectron2.structures import Boxes
+from detectron2.utils.testing import convert_scripted_instances
+from PIL import Image
+
+from refbn_d2.config import load_config
+from refbn_d2.engine import Trainer
+
+SIZES = [(96, 128), (80, 112)]  # height, width; the first is traced
+
+
+@pytest.fixture(scope="module")
+def images(real_data):
+    files = sorted((real_data / "coco/val2017").iterdir())
+    found = []
+    for file, (height, width) in zip(files, SIZES):
+        pixels = np.asarray(Image.open(file).convert("RGB").resize((width, height)))
+        found.append(torch.tensor(pixels[:, :, ::-1].transpose(2, 0, 1).copy()).float())
+    return found
+
+
+def detector(norm):
+    """A small R50-C4 Mask R-CNN, untrained, with statistics that are not those of no norm."""
+    options = {"MODEL__ROI_HEADS__SCORE_THRESH_TEST": 0.0, "MODEL__ROI_HEADS__NUM_CLASSES": 3}
+    cfg = load_config(tiny.CONFIG, tiny.opts(MODEL__RESNETS__NORM=norm, **options))
+    torch.manual_seed(0)
+    model = Trainer.build_model(cfg)
+    for m in model.modules():
+        if isinstance(m, torch.nn.modules.batchnorm._BatchNorm):
+            m.running_mean.normal_(0, 0.1)
+            m.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+class Backbone(torch.nn.Module):
+    """A tensor in, a tensor out."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, x):
+        return self.backbone(x)["res4"]
+
+
+def traced(module, x):
+    return torch.jit.trace(module, x)
+
+
+def scripted(module, x):
+    return torch.jit.script(module)
+
+
+def exported(module, x):
+    sizes = {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+    return torch.export.export(module, (x,), dynamic_shapes=(sizes,)).module()
+
+
+def onnx(module, x, axes=(2, 3)):
+    """An ONNX Runtime session as a function of a tensor."""
+    import onnxruntime
+
+    file = io.BytesIO()
+    torch.onnx.export(
+        module,
+        (x,),
+        file,
+        dynamo=False,
+        input_names=["image"],
+        dynamic_axes={"image": {axis: f"side{axis}" for axis in axes}},
+        opset_version=STABLE_ONNX_OPSET_VERSION,
+    )
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    return lambda x: [torch.from_numpy(v) for v in session.run(None, {"image": x.numpy()})]
+
+
+@pytest.mark.parametrize("norm", ["RefBN", "SyncRefBN", "BRN"])
+@pytest.mark.parametrize("export", [traced, scripted, exported, onnx])
+@torch.no_grad()
+def test_backbone(export, norm, images):
+    module = Backbone(detector(norm).backbone).eval()
+    run = export(module, images[0][None])
+    for image in images:
+        actual, expected = run(image[None]), module(image[None])
+        actual = actual[0] if isinstance(actual, list) else actual
+        assert actual.shape == expected.shape and expected.std() > 1e-3
+        # The ONNX exporter folds norms into convolutions.
+        assert torch.allclose(actual, expected, rtol=1e-4, atol=1e-4 if export is onnx else 0)
+
+
+def inference(model, inputs):
+    return model.inference(inputs, do_postprocess=False)
+
+
+def check(actual, expected):
+    assert len(actual) == len(expected) > 0
+    assert torch.equal(actual.pred_classes, expected.pred_classes)
+    for name in ("scores", "pred_masks"):
+        assert torch.allclose(actual.get(name), expected.get(name), atol=1e-4)
+    boxes = actual.pred_boxes.tensor, expected.pred_boxes.tensor
+    assert torch.allclose(*boxes, atol=1e-2)  # pixels
+
+
+@pytest.mark.parametrize("export", [traced, onnx])
+@torch.no_grad()
+def test_detector_by_tracing(export, images):
+    model = detector("RefBN")
+    adapter = TracingAdapter(model, [{"image": images[0]}], inference).eval()
+    with patch_builtin_len():
+        run = (
+            export(adapter, images[0], axes=(1, 2))
+            if export is onnx
+            else export(adapter, images[0])
+        )
+    for image in images:
+        (actual,) = adapter.outputs_schema(run(image))
+        check(actual, inference(model, [{"image": image}])[0])
+
+
+@torch.no_grad()
+def test_detector_by_scripting(images):
+    model = detector("RefBN")
+    tensors = ("objectness_logits", "scores", "pred_classes", "pred_masks")
+    fields = {"proposal_boxes": Boxes, "pred_boxes": Boxes, **dict.fromkeys(tensors, torch.Tensor)}
+    run = scripting_with_instances(model, fields)
+    for image in images:
+        (actual,) = run.inference([{"image": image}], do_postprocess=False)
+        check(convert_scripted_instances(actual), inference(model, [{"image": image}])[0])
+
+
+@pytest.mark.parametrize("norm", ["RefBN", "SyncRefBN", "BRN"])
+def test_a_scripted_norm_does_not_train(norm):
+    """It says so; it does not normalize by something else."""
+    from refbn_d2.registry import NORMS
+
+    layer = torch.jit.script(NORMS[norm](3).eval())
+    layer.train()
+    with pytest.raises(torch.jit.Error, match="cannot be run"):
+        layer(torch.randn(2, 3, 4, 4))
