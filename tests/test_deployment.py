@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from detectron2.export import TracingAdapter, scripting_with_instances
-from detectron2.export.torchscript_patch import patch_builtin_len
 from detectron2.structures import Boxes
 from detectron2.utils.testing import convert_scripted_instances
 from PIL import Image
@@ -16,6 +14,12 @@ from refbn_d2.config import load_config
 from refbn_d2.engine import Trainer
 
 SIZES = [(96, 128), (80, 112)]  # height, width; the first is traced
+
+
+@pytest.fixture(scope="module")
+def export_tools():
+    reason = "detectron2 0.6 imports caffe2 there, which PyTorch has no more"
+    return pytest.importorskip("detectron2.export", reason=reason)
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +71,7 @@ def exported(module, x):
 
 def onnx(module, x, axes=(2, 3)):
     """An ONNX Runtime session as a function of a tensor."""
-    import onnxruntime
-
+    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install onnx onnxruntime")
     file = io.BytesIO()
     torch.onnx.export(
         module,
@@ -84,9 +87,19 @@ def onnx(module, x, axes=(2, 3)):
 
 
 @pytest.mark.parametrize("norm", ["RefBN", "SyncRefBN", "BRN"])
-@pytest.mark.parametrize("export", [traced, scripted, exported, onnx])
+@pytest.mark.parametrize("export", [traced, exported, onnx])
 @torch.no_grad()
 def test_backbone(export, norm, images):
+    check_backbone(export, norm, images)
+
+
+@pytest.mark.parametrize("norm", ["RefBN", "SyncRefBN", "BRN"])
+@torch.no_grad()
+def test_backbone_by_scripting(norm, images, export_tools):
+    check_backbone(scripted, norm, images)
+
+
+def check_backbone(export, norm, images):
     module = Backbone(detector(norm).backbone).eval()
     run = export(module, images[0][None])
     for image in images:
@@ -113,10 +126,10 @@ def check(actual, expected):
 
 @pytest.mark.parametrize("export", [traced, onnx])
 @torch.no_grad()
-def test_detector_by_tracing(export, images):
+def test_detector_by_tracing(export, images, export_tools):
     model = detector("RefBN")
-    adapter = TracingAdapter(model, [{"image": images[0]}], inference).eval()
-    with patch_builtin_len():
+    adapter = export_tools.TracingAdapter(model, [{"image": images[0]}], inference).eval()
+    with export_tools.torchscript_patch.patch_builtin_len():
         run = (
             export(adapter, images[0], axes=(1, 2))
             if export is onnx
@@ -128,11 +141,11 @@ def test_detector_by_tracing(export, images):
 
 
 @torch.no_grad()
-def test_detector_by_scripting(images):
+def test_detector_by_scripting(images, export_tools):
     model = detector("RefBN")
     tensors = ("objectness_logits", "scores", "pred_classes", "pred_masks")
     fields = {"proposal_boxes": Boxes, "pred_boxes": Boxes, **dict.fromkeys(tensors, torch.Tensor)}
-    run = scripting_with_instances(model, fields)
+    run = export_tools.scripting_with_instances(model, fields)
     for image in images:
         (actual,) = run.inference([{"image": image}], do_postprocess=False)
         check(convert_scripted_instances(actual), inference(model, [{"image": image}])[0])
