@@ -70,7 +70,7 @@ def one_line_errors(main: Callable) -> Callable:
             message = _user_message(e)
             if message is None:
                 raise
-            print(f"error: {message}", file=sys.stderr)
+            print(f"error: {_shortened(message)}", file=sys.stderr)
             sys.exit(1)
         except KeyboardInterrupt:
             print("interrupted; run the same command again to go on", file=sys.stderr)

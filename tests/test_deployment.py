@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from detectron2.export import STABLE_ONNX_OPSET_VERSION, TracingAdapter, scripting_with_instances
+from detectron2.export import TracingAdapter, scripting_with_instances
 from detectron2.export.torchscript_patch import patch_builtin_len
 from detectron2.structures import Boxes
 from detectron2.utils.testing import convert_scripted_instances
@@ -77,7 +77,7 @@ def onnx(module, x, axes=(2, 3)):
         dynamo=False,
         input_names=["image"],
         dynamic_axes={"image": {axis: f"side{axis}" for axis in axes}},
-        opset_version=STABLE_ONNX_OPSET_VERSION,
+        opset_version=17,  # RoIAlign as detectron2 has it came with 16
     )
     session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
     return lambda x: [torch.from_numpy(v) for v in session.run(None, {"image": x.numpy()})]
@@ -93,8 +93,9 @@ def test_backbone(export, norm, images):
         actual, expected = run(image[None]), module(image[None])
         actual = actual[0] if isinstance(actual, list) else actual
         assert actual.shape == expected.shape and expected.std() > 1e-3
-        # The ONNX exporter folds norms into convolutions.
-        assert torch.allclose(actual, expected, rtol=1e-4, atol=1e-4 if export is onnx else 0)
+        # The ONNX exporter folds norms into convolutions, which rounds.
+        tolerance = 1e-5 * expected.abs().max() if export is onnx else 0
+        assert (actual - expected).abs().max() <= tolerance
 
 
 def inference(model, inputs):

@@ -81,11 +81,10 @@ def _check_resumable(cfg: CfgNode) -> None:
     path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
     if not os.path.isfile(path):
         return
-    # Empty if the run was killed while it wrote the file.
-    content = plain_yaml.read(path) or {}
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: is no config, but a {type(content).__name__}")
-    before = _norm_keys(content)
+    try:
+        before = _norm_keys(plain_yaml.read(path) or {})
+    except UserError:  # the run was killed while it wrote the file
+        return
     for key, value in _norm_keys(cfg).items():
         if before.get(key, value) != value:
             raise UserError(

@@ -8,10 +8,10 @@ from typing import Dict, List, Optional, Sequence, Tuple
 
 import matplotlib
 import numpy as np
-import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from .. import plain_yaml
 from ..errors import UserError
 from .plots import COLORS, LINES, MARKERS
 
@@ -65,14 +65,14 @@ def find_classifier_runs(folders: Sequence[Path]) -> Dict[str, List[ClassifierRu
 
 def _read(file: Path) -> Tuple[ClassifierRun, Tuple]:
     try:
-        cfg = yaml.safe_load(file.read_text())
+        cfg = plain_yaml.read(str(file))
         model, solver = cfg["MODEL"], cfg["SOLVER"]
         own = model["META_ARCHITECTURE"] == "TorchvisionClassifier"
         norm = (model["CLASSIFIER"] if own else model["RESNETS"])["NORM"]
         network = model["CLASSIFIER"]["NETWORK"] if own else model["META_ARCHITECTURE"]
         schedule = {k: solver[k] for k in ("MAX_ITER", "IMS_PER_BATCH", "BASE_LR")}
         settings = network, tuple(cfg["DATASETS"]["TRAIN"]), tuple(schedule.items())
-    except (yaml.YAMLError, KeyError, TypeError) as e:
+    except (KeyError, TypeError) as e:
         raise UserError(f"{file}: not the config of a classifier's run ({e!r})") from None
     curves = _curves(file.parent / "metrics.json", schedule["MAX_ITER"])
     if not len(curves[TRAIN]) and not len(curves[TEST]):
@@ -90,7 +90,7 @@ def _curves(path: Path, max_iter: int) -> Dict[str, np.ndarray]:
             entry = json.loads(line)
             # Iterations count from 0, but the evaluation after the last one is logged as max_iter.
             step = min(entry["iteration"] + 1, max_iter)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue  # the last line of an interrupted run may be cut off
         for key, values in points.items():
             value = entry.get(key)
