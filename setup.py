@@ -19,7 +19,7 @@ setup(
     python_requires=">=3.9",
     # detectron2 is not on PyPI under its own name; `import refbn_d2` says how to install it.
     install_requires=[
-        "torch>=2.0",
+        "torch>=2.1",
         "torchvision",
         "numpy",
         "opencv-python-headless",
@@ -34,5 +34,7 @@ setup(
         "tqdm",
         "setuptools<81",  # detectron2 imports pkg_resources
     ],
-    extras_require={"dev": ["pytest", "hypothesis", "ruff"]},
+    extras_require={
+        "dev": ["pytest", "hypothesis", "ruff", "onnx", "onnxruntime", "safetensors"],
+    },
 )

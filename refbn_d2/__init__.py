@@ -2,6 +2,7 @@
 quick data sets. ``refbn_d2.norms`` is pure PyTorch and can be imported without detectron2."""
 
 import sys
+import warnings
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,9 @@ except ModuleNotFoundError as e:
         raise ModuleNotFoundError(_INSTALL, name="detectron2")
 
 else:
+    # detectron2 and fvcore meet it wherever they are imported; no user of theirs can act on it.
+    warnings.filterwarnings("ignore", ".*torch.jit.script. is deprecated", FutureWarning)
+
     from . import data, registry  # noqa: F401
     from .config import add_refbn_config, apply_norm_config
     from .norms import RefBatchNorm2d, convert_norm, fold_norms

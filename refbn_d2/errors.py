@@ -33,10 +33,10 @@ def _user_message(error: BaseException) -> Optional[str]:
     # Worker processes (data loader, launch) put the remote traceback into the message.
     remote = re.findall(r"^(?:refbn_d2[\w.]*)?\bU\w+Error: (.*)$", str(error), flags=re.MULTILINE)
     if remote:
-        return remote[-1]
+        return _shortened(remote[-1])
     # A loss that is not finite: logged before it becomes a UserError.
     if isinstance(error, (UserError, FloatingPointError)):
-        return " ".join(str(error).split())
+        return _shortened(" ".join(str(error).split()))
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = error.filename or "a file of the run"
         return f"{where} cannot be written: {error.strerror}; make room, start again with --resume"

@@ -11,20 +11,14 @@ import itertools
 import os
 import tempfile
 import time
-import warnings
 from pathlib import Path
 
 from PIL import Image
 
-# detectron2 meets it on import; it is nothing that a user of this command can act on.
-warnings.filterwarnings(
-    "ignore", message=".*torch.jit.script. is deprecated", category=FutureWarning
-)
-
-from refbn_d2.classification import ClassificationTrainer  # noqa: E402
-from refbn_d2.classification.image_folder import register_image_folders  # noqa: E402
-from refbn_d2.config import load_config  # noqa: E402
-from refbn_d2.errors import UserError, one_line_errors  # noqa: E402
+from refbn_d2.classification import ClassificationTrainer
+from refbn_d2.classification.image_folder import register_image_folders
+from refbn_d2.config import load_config
+from refbn_d2.errors import UserError, one_line_errors
 
 CONFIG = Path(__file__).parents[1] / "configs/ImageNet/resnet50_90epochs_refbn.yaml"
 NUM_PHOTOS, NUM_IMAGES = 200, 20000

@@ -6,20 +6,14 @@ report   from run folders, or from COCO results files: report.json, report.md, r
 """
 
 import argparse
-import warnings
 from pathlib import Path
 
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-# detectron2 meets it on import; it is nothing that a user of this command can act on.
-warnings.filterwarnings(
-    "ignore", message=".*torch.jit.script. is deprecated", category=FutureWarning
-)
-
-from refbn_d2.errors import UserError, one_line_errors  # noqa: E402
-from refbn_d2.evaluation.inputs import IOU_TYPES  # noqa: E402
+from refbn_d2.errors import UserError, one_line_errors
+from refbn_d2.evaluation.inputs import IOU_TYPES
 
 
 def add_run(commands) -> None:

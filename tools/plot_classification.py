@@ -7,19 +7,13 @@ RUN is a folder of tools/train_classifier.py, or one with several below it.
 """
 
 import argparse
-import warnings
 from pathlib import Path
 
 from rich.console import Console
 from rich.markdown import Markdown
 
-# detectron2 meets it on import; it is nothing that a user of this command can act on.
-warnings.filterwarnings(
-    "ignore", message=".*torch.jit.script. is deprecated", category=FutureWarning
-)
-
-from refbn_d2.errors import UserError, one_line_errors  # noqa: E402
-from refbn_d2.evaluation.learning_curves import figure, find_classifier_runs, rows  # noqa: E402
+from refbn_d2.errors import UserError, one_line_errors
+from refbn_d2.evaluation.learning_curves import figure, find_classifier_runs, rows
 
 
 @one_line_errors

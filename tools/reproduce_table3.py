@@ -11,7 +11,6 @@ in the detector. Interrupted, the same command goes on where it was. See docs/re
 
 import argparse
 import dataclasses
-import warnings
 from collections import defaultdict
 from pathlib import Path
 from typing import Dict, List
@@ -20,16 +19,11 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Table
 
-# detectron2 meets it on import; it is nothing that a user of this command can act on.
-warnings.filterwarnings(
-    "ignore", message=".*torch.jit.script. is deprecated", category=FutureWarning
-)
-
-import refbn_d2.classification  # noqa: E402, F401  (registers its data sets)
-from refbn_d2.engine.matrix import Cell, load_matrix  # noqa: E402
-from refbn_d2.engine.matrix_plan import check_data, steps  # noqa: E402
-from refbn_d2.engine.matrix_runner import run_matrix  # noqa: E402
-from refbn_d2.errors import UserError, one_line_errors  # noqa: E402
+import refbn_d2.classification  # noqa: F401  (registers its data sets)
+from refbn_d2.engine.matrix import Cell, load_matrix
+from refbn_d2.engine.matrix_plan import check_data, steps
+from refbn_d2.engine.matrix_runner import run_matrix
+from refbn_d2.errors import UserError, one_line_errors
 
 MATRICES = Path(__file__).resolve().parents[1] / "configs/Matrix"
 BASELINE = "BN"

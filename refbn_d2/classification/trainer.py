@@ -31,6 +31,11 @@ class ClassificationTrainer(Trainer):
     training, and makes of a dict one with "image", uint8 (C, H, W), "label" and "image_id".
     """
 
+    def _check_evaluation(self, cfg: CfgNode) -> None:
+        for name in cfg.DATASETS.TEST:
+            with dataset_errors([name]):
+                _dicts(cfg, name)
+
     @classmethod
     def build_checkpointer(cls, cfg: CfgNode, model, **checkpointables) -> ClassifierCheckpointer:
         return ClassifierCheckpointer(model, cfg.OUTPUT_DIR, **checkpointables)

@@ -135,10 +135,11 @@ class ExactResume(HookBase):
     def before_train(self):
         self._loader.start = self.trainer.start_iter
         if self.trainer.start_iter > 0:
-            put_scalar = self.trainer.storage.put_scalar
+            storage = self.trainer.storage
             for name, (smooth, values) in self._scalars.items():
                 for value, iteration in values:
-                    put_scalar(name, value, smoothing_hint=smooth, cur_iter=iteration)
+                    storage.iter = iteration  # release 0.6 does not take it as an argument
+                    storage.put_scalar(name, value, smoothing_hint=smooth)
             self._finish_iteration()
 
     def _finish_iteration(self):

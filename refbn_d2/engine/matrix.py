@@ -53,9 +53,10 @@ class Cell:
     @property
     def folder(self) -> Path:
         """Below the output folder."""
-        protocol, name = _folder_name(self.protocol), _folder_name(self.name)
         condition = f"batch{self.ims_per_batch}_grouping{self.grouping:g}"
-        return Path(protocol, name, condition, f"seed{self.seed}")
+        return Path(
+            _folder_name(self.protocol), _folder_name(self.name), condition, f"seed{self.seed}"
+        )
 
     @property
     def classifier_folder(self) -> Path:

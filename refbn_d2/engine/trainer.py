@@ -82,9 +82,11 @@ def _check_resumable(cfg: CfgNode) -> None:
     if not os.path.isfile(path):
         return
     try:
-        before = _norm_keys(plain_yaml.read(path) or {})
-    except UserError:  # the run was killed while it wrote the file
-        return
+        content = plain_yaml.read(path)
+    except UserError:
+        content = None
+    # Where it is no config, the run was killed while it wrote the file.
+    before = _norm_keys(content) if isinstance(content, dict) else {}
     for key, value in _norm_keys(cfg).items():
         if before.get(key, value) != value:
             raise UserError(

@@ -138,7 +138,9 @@ def _spread(values: Sequence[float], digits: int) -> str:
     ordered = sorted(values)
     low, high = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
     median = text((low + high) / 2)
-    return median if len(values) == 1 else f"{median} ({text(ordered[0])} to {text(ordered[-1])})"
+    if ordered[0] == ordered[-1]:
+        return median
+    return f"{median} ({text(ordered[0])} to {text(ordered[-1])})"
 
 
 def rows(

@@ -182,7 +182,7 @@ MATRICES = {
         matrix(SEEDS=list(range(3000)), IMS_PER_BATCH=list(range(1, 3000))),
         "runs",
     ),
-    "two of the same name": (matrix(NORMS="[BN, BN]"), "the same protocol, name"),
+    "two of the same name": (matrix(NORMS="[BN, BN]"), "same protocol, name"),
 }
 
 

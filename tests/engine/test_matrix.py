@@ -62,7 +62,7 @@ def test_an_entry_can_have_a_name_other_weights_and_options(tmp_path):
     [
         ({"NORMS": ["Nonsense"]}, "nonsense.yaml does not exist"),
         ({"NORM": ["BN"]}, "may have"),
-        ({"NORMS": ["BN", "BN"]}, "same name"),
+        ({"NORMS": ["BN", "BN"]}, "same protocol, name"),
         ({"NORMS": "BN"}, "NORMS is 'BN'"),
         ({"NORMS": [{"name": "a"}]}, "use a list of norm types"),
         ({"SEEDS": 3}, "SEEDS is 3"),

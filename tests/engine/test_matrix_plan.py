@@ -1,6 +1,7 @@
 """What a matrix takes, counted by hand, and what is missing for it."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,14 @@ def test_data_and_weights_that_are_there_are_enough(tmp_path, tiny_data):
 def test_what_is_missing_is_named(tiny_data, changes, message):
     with pytest.raises(UserError, match=message):
         check_data([_tiny_cell(**changes)])
+
+
+def test_a_missing_folder_of_images_is_named(tmp_path):
+    tiny.register(tiny.write(tmp_path), "incomplete")
+    shutil.rmtree(tmp_path / "coco/train2017")
+    cell = _tiny_cell(DATASETS__TRAIN="('incomplete_train',)", DATASETS__TEST="()")
+    with pytest.raises(UserError, match="incomplete_train: .*train2017 does not exist"):
+        check_data([cell])
 
 
 def test_weights_of_a_pretraining_to_come_are_not_missing(tiny_data):

@@ -52,8 +52,9 @@ def test_lines_of_the_past_are_not_written_again(tmp_path):
     writer = MetricsWriter(str(path))
     writer.rewind(30)
     assert writer.last_iteration == 29
-    with EventStorage(30) as storage:
-        storage.put_scalar("bbox/AP", 1.0, smoothing_hint=False, cur_iter=29)
+    with EventStorage(29) as storage:
+        storage.put_scalar("bbox/AP", 1.0, smoothing_hint=False)
+        storage.iter = 30
         storage.put_scalar("loss", 30 / 7, smoothing_hint=False)
         writer.write()
     writer.close()

@@ -15,6 +15,7 @@ from refbn_d2.config import load_config
 from refbn_d2.data.grouped_sampler import image_groups
 from refbn_d2.engine import Trainer
 from refbn_d2.engine.hooks import EvalHook, ExactResume, ReferenceHook
+from refbn_d2.engine.trainer import _check_resumable
 from refbn_d2.errors import UserError
 from refbn_d2.reference import reference_layers
 
@@ -157,6 +158,12 @@ def test_only_what_was_trained_to_the_end_is_evaluated():
         hook.after_train()
         assert hook.trainer.storage.iter == (10 if iteration in done else 0)
     assert done == [10, 11]
+
+
+@pytest.mark.parametrize("written", ["", "CUD", "DATASETS:\n  TEST: [", "MODEL:\n"])
+def test_a_config_that_a_kill_left_unfinished_does_not_hinder_resuming(tmp_path, written):
+    (tmp_path / "config.yaml").write_text(written)
+    _check_resumable(_config(OUTPUT_DIR=tmp_path))
 
 
 def test_every_step_has_random_numbers_of_its_own(tiny_data, tmp_path):
