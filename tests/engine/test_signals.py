@@ -25,7 +25,15 @@ class _Trainer:
 
 
 @pytest.fixture
-def hook():
+def interruptible():
+    """A process that a shell started in the background ignores SIGINT, and so would the tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def hook(interruptible):
     before = [signal.getsignal(s) for s in SIGNALS]
     hook = StopOnSignal(_Checkpointer())
     hook.trainer = _Trainer()

@@ -63,7 +63,7 @@ def test_the_table_has_median_and_range_of_the_seeds(tmp_path):
         table["BN"]["runs"] == "3" and table["BN"]["test top-1 error (%)"] == "1.50 (1.00 to 3.00)"
     )
     assert table["BN"]["steps to 98 % (test)"] == "200 (200 to not reached)"
-    assert table["BN"]["steps to 98 % (train)"] == "not reached (not reached to not reached)"
+    assert table["BN"]["steps to 98 % (train)"] == "not reached"
     assert table["BN"]["test top-5 error (%)"] == "0.15 (0.10 to 0.30)"
     assert table["none"]["train top-1 error (%)"] == "5.00"
     assert table["none"]["test top-1 error (%)"] == "–"
