@@ -2,9 +2,11 @@
 
 import os
 from contextlib import contextmanager, suppress
-from typing import IO, Iterator
+from typing import IO, Any, Iterator
 
-__all__ = ["PARTIAL", "atomic_write"]
+import torch
+
+__all__ = ["PARTIAL", "atomic_save", "atomic_write"]
 
 PARTIAL = ".partial"
 
@@ -37,3 +39,18 @@ def atomic_write(path: str, mode: str = "w") -> Iterator[IO]:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def atomic_save(content: Any, path: str) -> None:
+    """``torch.save`` by :func:`atomic_write`.
+
+    Raises:
+        OSError: the disk's, also where torch raises an error of its own after it.
+    """
+    try:
+        with atomic_write(path, "wb") as f:
+            torch.save(content, f)
+    except RuntimeError as e:
+        if isinstance(e.__context__, OSError):
+            raise e.__context__ from e
+        raise

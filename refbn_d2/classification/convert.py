@@ -19,7 +19,7 @@ from torch import Tensor
 from ..config import load_config
 from ..engine import safe_pickle
 from ..errors import UserError
-from ..files import atomic_write
+from ..files import atomic_save
 from .resnet_names import detectron2_names, torchvision_names
 
 __all__ = ["FORMATS", "NORMS", "Conversion", "convert", "freeze", "norm_of"]
@@ -153,13 +153,9 @@ def _load_safetensors(file: str) -> Dict[str, Tensor]:
 
 def _write(path: str, content: Dict[str, Any]) -> None:
     try:
-        with atomic_write(path, "wb") as f:
-            torch.save(content, f)
-    except (OSError, RuntimeError) as e:  # torch may raise one of its own after the disk's
-        reason = next((c for c in (e, e.__context__) if isinstance(c, OSError)), None)
-        if reason is None:
-            raise
-        raise UserError(f"{path}: cannot be written: {reason.strerror}") from None
+        atomic_save(content, path)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written: {e.strerror}") from None
 
 
 def _norm_layers(weights: Dict[str, Tensor]) -> Dict[str, Set[str]]:

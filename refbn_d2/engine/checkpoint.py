@@ -12,7 +12,7 @@ from detectron2.checkpoint import DetectionCheckpointer, detection_checkpoint
 from detectron2.utils import comm
 
 from ..errors import UserError
-from ..files import PARTIAL, atomic_write
+from ..files import PARTIAL, atomic_save, atomic_write
 from . import safe_pickle
 
 __all__ = ["Checkpointer"]
@@ -60,15 +60,11 @@ class Checkpointer(DetectionCheckpointer):
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
         try:
-            with atomic_write(path, "wb") as f:
-                torch.save(data, f)
+            atomic_save(data, path)
             self.tag_last_checkpoint(os.path.basename(path))
-        except (OSError, RuntimeError) as e:  # torch may raise one of its own after the disk's
-            reason = next((c for c in (e, e.__context__) if isinstance(c, OSError)), None)
-            if reason is None:
-                raise
+        except OSError as e:
             raise UserError(
-                f"checkpoint {path} cannot be written: {reason.strerror}; {self.last_good()}. Make "
+                f"checkpoint {path} cannot be written: {e.strerror}; {self.last_good()}. Make "
                 "room and start again with --resume"
             ) from e
 

@@ -177,7 +177,7 @@ MATRICES = {
     "options are a mapping": (matrix(OPTS="{SEED: 1}"), "options are"),
     "options are odd": (matrix(OPTS="[SEED]"), "SEED"),
     "option that is unknown": (matrix(OPTS="[SEDE, 1]"), "SEDE"),
-    "options write elsewhere": (matrix(OPTS="[OUTPUT_DIR, /tmp/elsewhere]"), "use --output"),
+    "options write elsewhere": (matrix(OPTS="[OUTPUT_DIR, elsewhere]"), "use --output"),
     "billions of runs": (
         matrix(SEEDS=list(range(3000)), IMS_PER_BATCH=list(range(1, 3000))),
         "runs",
