@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import cpu_kernels, cuda_kernels, plain_kernels
+from . import cpu_kernels, cuda_kernels, native_kernels, plain_kernels
 from .plain_kernels import per_channel, statistics_dtype
 
 __all__ = [
@@ -43,7 +43,7 @@ def _kernels(x: Tensor) -> ModuleType:
     if torch.compiler.is_compiling():
         return plain_kernels
     if x.device.type == "cpu":
-        return cpu_kernels
+        return native_kernels if native_kernels.available_for(x) else cpu_kernels
     if x.device.type == "cuda":
         if os.getenv("REFBN_TRITON") == "1":  # opt-in: nobody has measured it yet
             try:

@@ -13,7 +13,7 @@ import oracle
 import pytest
 import torch
 
-from refbn_d2.norms import cpu_kernels, functional, plain_kernels
+from refbn_d2.norms import cpu_kernels, functional, native_kernels, plain_kernels
 
 INTERPRETED = os.getenv("TRITON_INTERPRET") == "1"
 if INTERPRETED:
@@ -22,6 +22,8 @@ if INTERPRETED:
     KERNELS = [triton_kernels]
 else:
     KERNELS = [cpu_kernels, plain_kernels]
+    if native_kernels.available_for(torch.empty(0)):  # test_native_kernels.py says when it must be
+        KERNELS.append(native_kernels)
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 # Rows shorter and longer than a vector and than a tile, channels that fill no tile, one value.
 SHAPES = [(4, 3, 5, 7), (1, 3, 1, 1), (3, 2, 40, 30), (2, 33, 3, 3)]
@@ -75,9 +77,10 @@ def test_variance_keeps_its_digits_far_from_zero(kernels, layout, offset):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_statistics_of_many_values_keep_their_digits(layout):
+@pytest.mark.parametrize("kernels", [k for k in KERNELS if k in (cpu_kernels, native_kernels)])
+def test_statistics_of_many_values_keep_their_digits(kernels, layout):
     x = (torch.randn(2, 3, 512, 512) * 2 + 3).contiguous(memory_format=LAYOUTS[layout])
-    mean, var = cpu_kernels.moments(x)
+    mean, var = kernels.moments(x)
     wanted_mean, wanted_var = oracle.moments(x.double(), 0, 2, 3)
     assert oracle.relative_error(mean, wanted_mean.flatten()) < 1e-5
     assert oracle.relative_error(var, wanted_var.flatten()) < 1e-5
