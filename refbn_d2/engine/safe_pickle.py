@@ -71,15 +71,15 @@ def load(file: IO[bytes], encoding: str = "ASCII") -> Any:
         pickle.UnpicklingError: the file asks for anything else, or claims more than it has.
     """
     data = file.read()
-    _check_claims(data)
+    _check_claims(io.BytesIO(data), len(data))
     return _ArrayUnpickler(io.BytesIO(data), encoding=encoding).load()
 
 
-def _check_claims(data: bytes) -> None:
-    """Raises an error if a length in the pickle, for which memory would be taken, is not true."""
+def _check_claims(file: IO[bytes], size: int) -> None:
+    """Raises an error if a length in a pickle, for which memory would be taken, is not true."""
     try:
-        for opcode, value, _ in pickletools.genops(data):
-            if opcode.name in ("FRAME", "PUT", "BINPUT", "LONG_BINPUT") and value > len(data):
+        for opcode, value, _ in pickletools.genops(file):
+            if opcode.name in ("FRAME", "PUT", "BINPUT", "LONG_BINPUT") and value > size:
                 raise ValueError(f"its {opcode.name} of {value} is larger than the file")
     except ValueError as e:
         raise pickle.UnpicklingError(f"no pickle, or a damaged one: {e}") from None
@@ -92,13 +92,69 @@ def load_torch(file: Union[str, IO[bytes]], map_location: Any = "cpu", **_: Any)
     """``torch.load`` for tensors, numbers, text and containers of them, whatever its version does.
 
     Raises:
-        pickle.UnpicklingError: the file asks for anything else, or is compressed: torch.save never
-            does that, and a small file could fill the memory.
+        pickle.UnpicklingError: the file asks for anything else, claims more than it has, or is
+            compressed: torch.save never does that, and a small file could fill the memory.
     """
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as f:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in f.infolist()):
-                raise pickle.UnpicklingError("it is compressed, and torch.save does not compress")
-    if not isinstance(file, str):
+    if isinstance(file, str):
+        with open(file, "rb") as f:
+            _check_torch(f)
+    else:
+        _check_torch(file)
         file.seek(0)
     return _torch_load(file, map_location=map_location, weights_only=True)
+
+
+def _check_torch(file: IO[bytes]) -> None:
+    if not zipfile.is_zipfile(file):
+        file.seek(0)
+        return _check_storages(file)
+    with zipfile.ZipFile(file) as f:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in f.infolist()):
+            raise pickle.UnpicklingError("it is compressed, and torch.save does not compress")
+
+
+class _Ignored:
+    """In place of whatever a pickle names: takes what is done to it and does nothing."""
+
+    def __init__(self, *_: Any):
+        pass
+
+    __setstate__ = __setitem__ = append = extend = __init__
+
+
+class _Claims(pickle.Unpickler):
+    """Reads a pickle for the number of values that each storage in it is said to have."""
+
+    def __init__(self, file: IO[bytes], values: Dict[Any, int]):
+        super().__init__(file)
+        self._values = values
+
+    def find_class(self, module: str, name: str) -> Any:
+        return _Ignored
+
+    def persistent_load(self, pid: Any) -> Any:
+        if isinstance(pid, tuple) and len(pid) > 4 and pid[0] == "storage":
+            if not isinstance(pid[4], int) or pid[4] < 0:
+                raise pickle.UnpicklingError(f"it has a tensor of {pid[4]!r} values")
+            self._values[str(pid[2])] = pid[4]
+        return None
+
+
+def _check_storages(file: IO[bytes]) -> None:
+    """Raises an error if a file of PyTorch before 1.6 claims more tensors than it has.
+
+    torch.load takes memory for them before it looks for their values. The fourth pickle of such a
+    file, behind three numbers and descriptions, has the tensors.
+    """
+    data = file.read()  # a file on disk would be asked for, and make room for, what it claims
+    stream = io.BytesIO(data)
+    values: Dict[Any, int] = {}
+    start = 0
+    for _ in range(4):
+        stream.seek(start)
+        _check_claims(stream, len(data))
+        stream.seek(start)
+        _Claims(stream, values).load()
+        start = stream.tell()
+    if sum(values.values()) > len(data):
+        raise pickle.UnpicklingError("it claims more values than the file has")

@@ -9,6 +9,9 @@ import signal
 from pathlib import Path
 from typing import Callable, Optional
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from refbn_d2.errors import one_line_errors
 
 SECONDS = 60  # a guard against hanging, far above what anything takes
@@ -38,6 +41,21 @@ def feed(kind: str, name: str, command: Callable[[], object]) -> Optional[str]:
     assert name in lines[0] and len(lines[0]) < 1000, lines[0]
     assert not re.search("memory|alloc", lines[0], re.IGNORECASE), lines[0]
     return lines[0]
+
+
+def feed_damaged(data: bytes, feed_one: Callable[[bytes], object]) -> None:
+    """Calls ``feed_one`` with copies of ``data`` in which some bytes are others."""
+    places, others = st.integers(0, len(data) - 1), st.binary(max_size=4)
+
+    @settings(max_examples=60, deadline=None, derandomize=True, database=None)
+    @given(st.lists(st.tuples(places, others), min_size=1))
+    def damaged(changes):
+        changed = bytearray(data)
+        for place, value in changes:
+            changed[place : place + len(value)] = value
+        feed_one(bytes(changed))
+
+    damaged()
 
 
 @contextlib.contextmanager

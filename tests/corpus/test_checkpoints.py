@@ -14,14 +14,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from refbn_d2.classification.convert import convert
 from refbn_d2.config import load_config
-from refbn_d2.engine import Trainer
+from refbn_d2.engine import Trainer, safe_pickle
 
-from .harness import feed
+from .harness import feed, feed_damaged
 
 
 class Calls:
@@ -297,13 +295,8 @@ def test_random_damage(suffix, model, tmp_path_factory):
     data = _small_file(suffix)
     cfg = load_config(tiny.CONFIG, tiny.opts(OUTPUT_DIR=path.parent))
 
-    @settings(max_examples=60, deadline=None, derandomize=True, database=None)
-    @given(st.lists(st.tuples(st.integers(0, len(data) - 1), st.binary(max_size=3)), min_size=1))
-    def damaged(changes):
-        damaged = bytearray(data)
-        for place, value in changes:
-            damaged[place : place + len(value)] = value
-        path.write_bytes(damaged)
+    def feed_one(changed):
+        path.write_bytes(changed)
         checkpointer = Trainer.build_checkpointer(cfg, model)
         # At best a file that is whole, of another model.
         line = feed(
@@ -311,4 +304,24 @@ def test_random_damage(suffix, model, tmp_path_factory):
         )
         assert line is not None
 
-    damaged()
+    feed_damaged(data, feed_one)
+
+
+@pytest.mark.parametrize("count", [7, 10**6, 1 << 40, -1])
+def test_tensors_that_an_old_pth_claims(count, load, tmp_path):
+    """The 6 values of the file are said to be ``count``, in a number of 8 bytes (LONG1)."""
+    data = _small_file("legacy.pth")
+    number = b"\x8a\x08" + count.to_bytes(8, "little", signed=True)
+    changed = data.replace(b"cpuq\x08K\x06", b"cpuq\x08" + number, 1)
+    assert changed != data
+    (tmp_path / "claim.pth").write_bytes(changed)
+    assert "cannot be read" in load(str(tmp_path / "claim.pth"))
+
+
+def test_tensors_of_an_old_pth_may_share_their_values(tmp_path):
+    weight = torch.arange(1000.0)
+    content = {str(i): weight for i in range(20)}
+    torch.save(content, tmp_path / "tied.pth", _use_new_zipfile_serialization=False)
+    assert (tmp_path / "tied.pth").stat().st_size < 10_000
+    loaded = safe_pickle.load_torch(str(tmp_path / "tied.pth"))
+    assert all(torch.equal(v, weight) for v in loaded.values()) and len(loaded) == 20
