@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..config import load_config
 from ..engine import safe_pickle
+from ..engine.checkpoint import FOLDED_VAR
 from ..errors import UserError
 from ..files import atomic_save
 from .resnet_names import detectron2_names, torchvision_names
@@ -28,7 +29,6 @@ FORMATS = ("detectron2", "torchvision")
 NORMS = ("BN", "RefBN", "FrozenBN")
 
 _EPS = 1e-5  # of BatchNorm in PyTorch and of FrozenBatchNorm2d in detectron2
-_IDENTITY_VAR = torch.ones(()) - _EPS  # with it, a frozen norm is x * weight + bias
 _AFFINE = ("weight", "bias", "running_mean", "running_var")
 _REFERENCE = {"ref_mean", "ref_var", "ref_captured"}
 _BATCH_NORM = {*_AFFINE, "num_batches_tracked"}
@@ -179,7 +179,7 @@ def norm_of(weights: Dict[str, Tensor]) -> str:
         return ""
     if keys & _REFERENCE:
         return "RefBN"
-    frozen = all((weights[f"{n}.running_var"] == _IDENTITY_VAR).all() for n in layers)
+    frozen = all((weights[f"{n}.running_var"] == FOLDED_VAR).all() for n in layers)
     return "FrozenBN" if frozen else "BN"
 
 
@@ -204,7 +204,7 @@ def freeze(weights: Dict[str, Tensor]) -> Dict[str, Tensor]:
         # Rounded as F.batch_norm rounds: from float64, outputs after 50 layers differ by over 1e-6.
         scale = weight * (var + _EPS).rsqrt()
         shift = torch.addcmul(bias, mean, scale, value=-1)
-        identity = torch.zeros_like(mean), _IDENTITY_VAR.to(var.dtype).expand_as(var).clone()
+        identity = torch.zeros_like(mean), FOLDED_VAR.to(var.dtype).expand_as(var).clone()
         for key, value in zip(_AFFINE, (scale, shift, *identity)):
             frozen[f"{layer}.{key}"] = value
     return frozen

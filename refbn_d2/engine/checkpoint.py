@@ -10,12 +10,17 @@ from unittest import mock
 import torch
 from detectron2.checkpoint import DetectionCheckpointer, detection_checkpoint
 from detectron2.utils import comm
+from torch.nn.modules.batchnorm import _NormBase
 
 from ..errors import UserError
 from ..files import PARTIAL, atomic_save, atomic_write
 from . import safe_pickle
 
-__all__ = ["Checkpointer"]
+__all__ = ["FOLDED_VAR", "Checkpointer"]
+
+# The running variance, beside a mean of 0, of a norm that was folded into x * weight + bias: eps of
+# BatchNorm and of detectron2's FrozenBatchNorm2d makes it 1.
+FOLDED_VAR = torch.ones(()) - 1e-5
 
 _CHECKPOINT = re.compile(r"model_(\d{7,}|final)\.pth")
 _RESNET_WEIGHT = re.compile(r"res\d\.\d+\.(conv\d|shortcut)(\.norm)?\.weight$")
@@ -201,4 +206,12 @@ class Checkpointer(DetectionCheckpointer):
         for name, value in self.model.named_parameters():
             if not value.isfinite().all():
                 raise UserError(f"weights {self._path!r} are not finite numbers: {name}")
+        for name, norm in self.model.named_modules():
+            if isinstance(norm, _NormBase) and norm.running_var is not None:
+                if (norm.running_var == FOLDED_VAR).all() and not norm.running_mean.any():
+                    raise UserError(
+                        f"weights {self._path!r} have norms that are folded into affine maps "
+                        f"({name}), for MODEL.RESNETS.NORM FrozenBN: a live norm needs the "
+                        "statistics that they were folded with"
+                    )
         return incompatible

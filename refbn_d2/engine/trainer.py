@@ -240,6 +240,11 @@ class Trainer(DefaultTrainer):
 
     @staticmethod
     def _train_dicts(cfg: CfgNode) -> List[Dict[str, Any]]:
+        """The training data.
+
+        Raises:
+            UserError: it has more classes than the RoI heads, or is not as described.
+        """
         keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
         dicts = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN,
@@ -248,6 +253,14 @@ class Trainer(DefaultTrainer):
             proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
         check_dicts(dicts, annotation_files(cfg.DATASETS.TRAIN))
+        for name in cfg.DATASETS.TRAIN:
+            classes = len(MetadataCatalog.get(name).get("thing_classes", ()))
+            heads = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+            if heads and classes > cfg.MODEL.ROI_HEADS.NUM_CLASSES:
+                raise UserError(
+                    f"data set {name} has {classes} classes, MODEL.ROI_HEADS.NUM_CLASSES is "
+                    f"{cfg.MODEL.ROI_HEADS.NUM_CLASSES}"
+                )
         return dicts
 
     @classmethod

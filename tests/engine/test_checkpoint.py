@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 
+from refbn_d2.classification.convert import freeze
 from refbn_d2.config import load_config
 from refbn_d2.engine import Trainer
 from refbn_d2.engine.checkpoint import Checkpointer
@@ -50,6 +51,18 @@ def test_a_file_whose_norms_were_fused_is_refused(tmp_path, fused):
     weights = {k: v for k, v in _model().state_dict().items() if fused not in k}
     with pytest.raises(UserError, match="another architecture.*norm"):
         _load(_model(), _save(tmp_path / "fused.pth", weights), tmp_path)
+
+
+@pytest.mark.parametrize("norm", ["BN", "RefBN"])
+def test_a_file_whose_norms_were_folded_is_for_frozen_norms(tmp_path, norm):
+    folded = freeze(_model(MODEL__RESNETS__NORM="BN").state_dict())
+    path = _save(tmp_path / "folded.pth", folded)
+    with pytest.raises(UserError, match="folded.pth.*folded into affine maps.*FrozenBN"):
+        _load(_model(MODEL__RESNETS__NORM=norm), path, tmp_path)
+    model = _model(MODEL__RESNETS__NORM="FrozenBN")
+    _load(model, path, tmp_path)
+    name = "backbone.res4.5.conv2.norm.weight"
+    assert torch.equal(model.state_dict()[name], folded[name])
 
 
 @pytest.mark.parametrize("content", [{}, {"something": torch.zeros(3)}], ids=["empty", "foreign"])

@@ -203,6 +203,13 @@ def test_a_batch_that_cannot_be_split_is_refused(tiny_data, monkeypatch):
         Trainer.build_train_loader(_config(SOLVER__IMS_PER_BATCH=6))
 
 
+def test_more_classes_than_the_heads_have_are_refused(tiny_data, train_net, tmp_path):
+    options = tiny.opts(OUTPUT_DIR=tmp_path, MODEL__ROI_HEADS__NUM_CLASSES=3)
+    result = train_net("--config-file", tiny.CONFIG, *options)
+    assert result.status == 1
+    assert "has 80 classes, MODEL.ROI_HEADS.NUM_CLASSES is 3" in result.err.splitlines()[-1]
+
+
 def test_precise_bn_recomputes_mixed_statistics(tiny_data, train_net, tmp_path):
     """TEST.PRECISE_BN at the end of training and of --eval-only on what was trained without."""
     # Untrained, the network is sure of nothing: every detection counts.
