@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 #include <vector>
 #ifdef __linux__
 #include <sys/mman.h>
@@ -24,7 +25,7 @@ constexpr Index kBlock = 4096;
 // In channels_last a block has all channels: rows, and elements in the second cache.
 constexpr Index kMaxRows = 256, kBlockElements = 65536;
 // Parts of channels_last input that are summed independently: more would not be found faster.
-constexpr Index kParts = 32;
+constexpr Index kParts = 32, kMinRows = 64;
 // Less than this is not worth waking other threads for.
 constexpr Index kSerial = 32768;
 
@@ -101,7 +102,7 @@ void for_blocks(Index n, Index c, Index s, Index k, F f) {
 template <class F>
 void for_row_blocks(Index rows, Index c, int threads, F f) {
   const Index block = std::clamp<Index>(kBlockElements / c, 8, kMaxRows);
-  const Index part = (rows + kParts - 1) / kParts;
+  const Index part = std::max<Index>(kMinRows, (rows + kParts - 1) / kParts);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (Index p = 0; p < kParts; p++) {
     const Index end = std::min(rows, (p + 1) * part);
@@ -131,9 +132,33 @@ void moments_nchw(const T* x, Index n, Index c, Index s, A* mean, A* var, int th
   }
 }
 
+// The same for c channels side by side.
+struct ChannelMoments {
+  double count = 0;
+  std::vector<double> mean, deviations;
+
+  explicit ChannelMoments(Index c) : mean(c), deviations(c) {}
+
+  // f(k) is mean and deviations of `other_count` further values of channel k.
+  template <class F>
+  void add(double other_count, F f) {
+    const double total = count + other_count, share = other_count / total;
+    const double weight = count * share;
+    const Index c = Index(mean.size());
+#pragma omp simd
+    for (Index k = 0; k < c; k++) {
+      const std::pair<double, double> other = f(k);
+      const double delta = other.first - mean[k];
+      mean[k] += delta * share;
+      deviations[k] += other.second + delta * delta * weight;
+    }
+    count = total;
+  }
+};
+
 template <class T, class A>
 void moments_last(const T* x, Index rows, Index c, A* mean, A* var, int threads) {
-  std::vector<Moments> parts(kParts * c);
+  std::vector<ChannelMoments> parts(kParts, ChannelMoments(c));
   for_row_blocks(rows, c, threads, [&](Index part, Index first, Index count) {
     std::vector<A> scratch(3 * c);
     A *const center = scratch.data(), *const error = center + c, *const squares = error + c;
@@ -146,7 +171,8 @@ void moments_last(const T* x, Index rows, Index c, A* mean, A* var, int threads)
         center[k] += sum;
       }
     });
-    for (Index k = 0; k < c; k++) center[k] /= A(count);
+    const A share = A(1) / A(count);
+    for (Index k = 0; k < c; k++) center[k] *= share;
     by_rows(count, [&](Index i, auto some) {
 #pragma omp simd
       for (Index k = 0; k < c; k++) {
@@ -160,20 +186,18 @@ void moments_last(const T* x, Index rows, Index c, A* mean, A* var, int threads)
         squares[k] += second;
       }
     });
-    Moments* const into = parts.data() + part * c;
-    for (Index k = 0; k < c; k++) {
-      const double shift = double(error[k]) / double(count);
-      into[k].add(double(count), center[k] + shift, squares[k] - shift * error[k]);
-    }
+    parts[part].add(double(count), [=](Index k) {
+      const double shift = double(error[k]) * share;
+      return std::make_pair(center[k] + shift, squares[k] - shift * error[k]);
+    });
   });
+  ChannelMoments total(c);
+  for (const ChannelMoments& m : parts)
+    if (m.count > 0)
+      total.add(m.count, [&](Index k) { return std::make_pair(m.mean[k], m.deviations[k]); });
   for (Index k = 0; k < c; k++) {
-    Moments total;
-    for (Index p = 0; p < kParts; p++) {
-      const Moments& m = parts[p * c + k];
-      if (m.count > 0) total.add(m.count, m.mean, m.deviations);
-    }
-    mean[k] = A(total.mean);
-    var[k] = A(total.deviations / total.count);
+    mean[k] = A(total.mean[k]);
+    var[k] = A(total.deviations[k] / total.count);
   }
 }
 

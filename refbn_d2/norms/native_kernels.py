@@ -14,7 +14,7 @@ import os
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -36,25 +36,27 @@ _ARCHITECTURES = {"AVX512": ["-march=x86-64-v4"], "AVX2": ["-march=x86-64-v3"]}
 def available_for(x: Tensor) -> bool:
     """Whether these kernels can be had for x, a tensor on a CPU."""
     # A subclass (a fake tensor, say) need not have the memory that these kernels read.
-    return x.dtype in _TYPES and type(x) is Tensor and _library() is not None
+    return type(x) is Tensor and ("moments", x.dtype) in _functions()
 
 
 @functools.lru_cache(maxsize=None)
-def _library() -> Optional[ctypes.CDLL]:
+def _functions() -> Dict[Tuple[str, torch.dtype], Any]:
+    """The kernels by name and dtype; none where they cannot be had."""
     if os.getenv("REFBN_NATIVE") == "0":
-        return None
+        return {}
     try:
         library = ctypes.CDLL(_compiled())
     except (OSError, subprocess.SubprocessError) as e:
         logger.debug("norms run without compiled kernels: %s", e)
-        return None
+        return {}
+    functions = {}
     for name, pointers in _POINTERS.items():
-        for dtype in _TYPES.values():
-            function = getattr(library, f"{name}_{dtype}")
+        for dtype, type_name in _TYPES.items():
+            function = functions[name, dtype] = getattr(library, f"{name}_{type_name}")
             function.restype = None
             function.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_bool]
             function.argtypes += [ctypes.c_int, *[ctypes.c_void_p] * pointers]
-    return library
+    return functions
 
 
 def _compiled() -> str:
@@ -82,15 +84,14 @@ def _compiled() -> str:
 
 
 def _call(name: str, x: Tensor, *tensors: Tensor) -> None:
-    samples, channels = x.shape[:2]
-    # Both where a channel is one pixel, and then this is the faster way to look at it.
-    last = x.is_contiguous(memory_format=torch.channels_last)
-    getattr(_library(), f"{name}_{_TYPES[x.dtype]}")(
+    samples, channels, height, width = x.shape
+    _functions()[name, x.dtype](
         x.data_ptr(),
         samples,
         channels,
-        x.numel() // (samples * channels),
-        last,
+        height * width,
+        # Both where a channel is one pixel, and then this is the faster way to look at it.
+        x.is_contiguous(memory_format=torch.channels_last),
         torch.get_num_threads(),
         *[t.data_ptr() for t in tensors],
     )
