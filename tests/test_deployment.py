@@ -12,6 +12,7 @@ from PIL import Image
 
 from refbn_d2.config import load_config
 from refbn_d2.engine import Trainer
+from refbn_d2.norms import fold_norms
 from refbn_d2.registry import NORMS
 
 SIZES = [(96, 128), (80, 112)]  # height, width; the first is traced
@@ -113,6 +114,18 @@ def check_backbone(export, images):
         # The ONNX exporter folds norms into convolutions, which rounds.
         tolerance = 1e-5 * expected.abs().max() if export is onnx else 0
         assert (actual - expected).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("export", [traced, exported, onnx])
+def test_backbone_with_folded_norms(export, images):
+    """Exported without a norm left in it, it does what the model did with them."""
+    folded = Backbone(fold_norms(detector()).backbone).eval()
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
+    run, module = export(folded, images[0][None]), Backbone(detector().backbone).eval()
+    for image in images:
+        actual, expected = run(image[None]), module(image[None])
+        actual = actual[0] if isinstance(actual, list) else actual
+        assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def inference(model, inputs):

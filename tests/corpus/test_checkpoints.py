@@ -307,6 +307,24 @@ def test_random_damage(suffix, model, tmp_path_factory):
     feed_damaged(data, feed_one)
 
 
+def test_random_damage_of_safetensors(tmp_path):
+    """The format of timm's files; nothing but the converter reads it."""
+    save = pytest.importorskip("safetensors.torch", reason="optional").save
+    data = save({"conv1.weight": torch.arange(6.0).view(2, 3), "count": torch.tensor([3])})
+    path, target = tmp_path / "damaged.safetensors", tmp_path / "out.pth"
+
+    def feed_one(changed):
+        path.write_bytes(changed)
+        assert feed("weights", path.name, lambda: convert(str(path), str(target))) is not None
+        assert not list(tmp_path.glob("out*"))
+
+    feed_damaged(data, feed_one)
+    for size in (0, 4, 8, len(data) // 2, len(data) - 1):
+        feed_one(data[:size])
+    for claim in (1 << 20, 1 << 40, (1 << 64) - 1):  # bytes of the header
+        feed_one(claim.to_bytes(8, "little") + data[8:])
+
+
 @pytest.mark.parametrize("count", [7, 10**6, 1 << 40, -1])
 def test_tensors_that_an_old_pth_claims(count, load, tmp_path):
     """The 6 values of the file are said to be ``count``, in a number of 8 bytes (LONG1)."""
