@@ -29,8 +29,11 @@ _SOURCE = Path(__file__).with_suffix(".cpp")
 _TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
 # Pointers behind those that all kernels take: x, n, c, s, channels_last, threads.
 _POINTERS = {"moments": 2, "sums": 5, "normalize": 4, "input_gradient": 6}
-# What torch itself found that this machine can do; GCC 11 and clang 12 know these names.
-_ARCHITECTURES = {"AVX512": ["-march=x86-64-v4"], "AVX2": ["-march=x86-64-v3"]}
+# By what torch found that this machine can do: the instructions that its own kernels are built for.
+_INSTRUCTIONS = {
+    "AVX2": ["-mavx2", "-mfma"],
+    "AVX512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+}
 
 
 def available_for(x: Tensor) -> bool:
@@ -63,7 +66,7 @@ def _compiled() -> str:
     """Path of the library, which is compiled unless it is there."""
     compiler = os.getenv("CXX", "c++")
     flags = ["-std=c++17", "-O3", "-fPIC", "-fopenmp"]
-    flags += _ARCHITECTURES.get(torch.backends.cpu.get_cpu_capability(), [])
+    flags += _INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), [])
     key = hashlib.sha256(" ".join([compiler, *flags]).encode() + _SOURCE.read_bytes()).hexdigest()
     cache = Path(os.getenv("XDG_CACHE_HOME") or Path.home() / ".cache", "refbn_d2")
     library = cache / f"native_kernels-{key[:16]}.so"
