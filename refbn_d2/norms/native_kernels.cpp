@@ -11,9 +11,6 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 namespace {
 
@@ -262,20 +259,9 @@ void sums_last(const T* g, const T* x, Index rows, Index c, const A* mean, const
   }
 }
 
-// Pages of new memory are what a large output costs most; huge ones come 512 at a time.
-void expect(void* output, Index bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr std::uintptr_t kHuge = 1 << 21;
-  const auto first = (reinterpret_cast<std::uintptr_t>(output) + kHuge - 1) & ~(kHuge - 1);
-  const auto last = (reinterpret_cast<std::uintptr_t>(output) + bytes) & ~(kHuge - 1);
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
 // Sets out[i] to f(i, channel) everywhere.
 template <class T, class F>
 void map(T* out, Index n, Index c, Index s, bool last, int threads, F f) {
-  expect(out, n * c * s * Index(sizeof(T)));
   if (last) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (Index i = 0; i < n * s; i++)
