@@ -210,5 +210,5 @@ def figure(groups: Dict[str, List[ClassifierRun]], accuracies: Sequence[float]) 
         axes[0].yaxis.set_major_locator(FixedLocator([100 - t for t in ticks]))
         axes[0].yaxis.set_minor_locator(NullLocator())
         axes[0].set_yticklabels([f"{t:g}" for t in ticks])
-        axes[-1].legend(frameon=False, loc="lower right")
+        axes[-1].legend(frameon=False, loc="best")
     return result
