@@ -11,6 +11,7 @@ import functools
 import hashlib
 import logging
 import os
+import shlex
 import subprocess
 import tempfile
 from pathlib import Path
@@ -49,7 +50,8 @@ def _functions() -> Dict[Tuple[str, torch.dtype], Any]:
         return {}
     try:
         library = ctypes.CDLL(_compiled())
-    except (OSError, subprocess.SubprocessError) as e:
+    # RuntimeError: there is no home.
+    except (OSError, RuntimeError, subprocess.SubprocessError) as e:
         logger.debug("norms run without compiled kernels: %s", e)
         return {}
     functions = {}
@@ -64,10 +66,10 @@ def _functions() -> Dict[Tuple[str, torch.dtype], Any]:
 
 def _compiled() -> str:
     """Path of the library, which is compiled unless it is there."""
-    compiler = os.getenv("CXX", "c++")
+    compiler = shlex.split(os.getenv("CXX", "c++"))
     flags = ["-std=c++17", "-O3", "-fPIC", "-fopenmp"]
     flags += _INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), [])
-    key = hashlib.sha256(" ".join([compiler, *flags]).encode() + _SOURCE.read_bytes()).hexdigest()
+    key = hashlib.sha256(" ".join(compiler + flags).encode() + _SOURCE.read_bytes()).hexdigest()
     cache = Path(os.getenv("XDG_CACHE_HOME") or Path.home() / ".cache", "refbn_d2")
     library = cache / f"native_kernels-{key[:16]}.so"
     if not library.exists():
@@ -78,8 +80,8 @@ def _compiled() -> str:
             # Linked without -fopenmp, it takes torch's own OpenMP, whose threads are there already:
             # those of a second one would fight with them.
             for command in (
-                [compiler, *flags, "-c", str(_SOURCE), "-o", objects],
-                [compiler, "-shared", objects, "-o", linked],
+                [*compiler, *flags, "-c", str(_SOURCE), "-o", objects],
+                [*compiler, "-shared", objects, "-o", linked],
             ):
                 subprocess.run(command, check=True, capture_output=True, timeout=120)
             os.replace(linked, library)

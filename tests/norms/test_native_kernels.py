@@ -39,6 +39,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ 
 def test_compiled_once_then_loaded(tmp_path):
     assert _probe(XDG_CACHE_HOME=str(tmp_path)) == "native_kernels 1.5"
     (library,) = (tmp_path / "refbn_d2").iterdir()  # and nothing half-done beside it
+    assert _probe(XDG_CACHE_HOME=str(tmp_path), CXX="env c++") == "native_kernels 1.5"
     before = library.stat().st_mtime_ns
     # The path of the compiler is not looked at where there is nothing to compile.
     assert _probe(XDG_CACHE_HOME=str(tmp_path), PATH="/nowhere") == "native_kernels 1.5"
