@@ -117,7 +117,7 @@ def _bytes_kept(norm: nn.Module, x: Tensor) -> int:
 
     def pack(t: Tensor) -> Tensor:
         kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
+        return t.detach()  # t holds the graph, which would hold t, for ever
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         norm(x)
