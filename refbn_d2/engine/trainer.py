@@ -253,10 +253,10 @@ class Trainer(DefaultTrainer):
             proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
         check_dicts(dicts, annotation_files(cfg.DATASETS.TRAIN))
-        for name in cfg.DATASETS.TRAIN:
+        has_heads = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+        for name in cfg.DATASETS.TRAIN if has_heads else ():
             classes = len(MetadataCatalog.get(name).get("thing_classes", ()))
-            heads = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
-            if heads and classes > cfg.MODEL.ROI_HEADS.NUM_CLASSES:
+            if classes > cfg.MODEL.ROI_HEADS.NUM_CLASSES:
                 raise UserError(
                     f"data set {name} has {classes} classes, MODEL.ROI_HEADS.NUM_CLASSES is "
                     f"{cfg.MODEL.ROI_HEADS.NUM_CLASSES}"

@@ -5,7 +5,6 @@
 // it once more and write. Every sum has the same order whatever the number of threads.
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
