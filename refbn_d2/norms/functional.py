@@ -70,6 +70,16 @@ def _like(g: Tensor, x: Tensor) -> Tensor:
     return g.contiguous(memory_format=torch.channels_last)
 
 
+def _check_vectors(x: Tensor, *vectors: Optional[Tensor]) -> None:
+    """Kernels would read on behind a vector that is too short."""
+    for v in vectors:
+        if v is not None and (v.numel() != x.shape[1] or v.device != x.device):
+            raise ValueError(
+                f"expected {x.shape[1]} values, one for each channel, on {x.device}, got a tensor "
+                f"of shape {tuple(v.shape)} on {v.device}"
+            )
+
+
 def batch_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     """Mean and biased variance of every channel over N, H and W (Algorithm 2, lines 3-4).
 
@@ -102,46 +112,85 @@ class _MixedNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, batch_mean, mean, var, share, eps, all_reduce):
+    def forward(ctx, x, weight, bias, ref_mean, ref_var, pseudo_count, eps, batch, all_reduce):
+        _check_vectors(x, weight, bias, ref_mean, ref_var)
         x = _dense(x)
-        ctx.save_for_backward(x, weight, batch_mean, mean, torch.rsqrt(var + eps))
-        ctx.share, ctx.all_reduce = share, all_reduce
-        if x.numel() == 0:
-            return torch.empty_like(x)
-        # Kernels want the per-channel vectors in one dtype, x may be narrower.
-        weight, bias = (None if p is None else p.to(mean.dtype) for p in (weight, bias))
-        return _kernels(x).normalize(x, mean, var, weight, bias, eps)
+        samples, count = (x.shape[0], x.numel() // x.shape[1]) if batch is None else batch[:2]
+        lambda1 = pseudo_count / (samples + pseudo_count)  # eq. 13
+        lambda2 = 1.0 - lambda1  # eq. 14
+        reference, affine, kernels = (ref_mean, ref_var), (weight, bias), _kernels(x)
+        if batch is None and kernels is native_kernels:
+            results = kernels.forward(x, *reference, *affine, lambda1, eps)
+        else:
+            if batch is None:
+                batch = BatchStatistics(samples, count, *kernels.moments(x))
+            results = _forward_by_pieces(kernels, x, batch, *reference, *affine, lambda1, eps)
+        y, mean, var, batch_mean, invstd = results
+        ctx.save_for_backward(x, weight, batch_mean, mean, invstd)
+        ctx.share, ctx.all_reduce = lambda2 / count, all_reduce
+        ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)  # of these two, which nobody reads
+        return y, mean, var
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g):
+    def backward(ctx, g, *_):
         x, weight, batch_mean, mean, invstd = ctx.saved_tensors
-        empty = x.numel() == 0
-        if empty:
-            sum_g = sum_g_xhat = torch.zeros_like(mean)
+        kernels = _kernels(x)
+        g = torch.zeros_like(x) if g is None else _like(g, x)
+        if kernels is native_kernels and ctx.all_reduce is None and ctx.needs_input_grad[0]:
+            vectors = weight, batch_mean, mean, invstd
+            grad_x, sum_g, sum_g_xhat = kernels.backward(g, x, *vectors, ctx.share)
         else:
-            g, kernels = _like(g, x), _kernels(x)
-            sum_g, sum_g_xhat = kernels.sums(g, x, mean, invstd)
-        total_g, total_g_xhat = sum_g, sum_g_xhat
-        if ctx.all_reduce is not None:
-            # Whatever this process needs, the others wait for its part.
-            totals = torch.stack([sum_g, sum_g_xhat])
-            ctx.all_reduce(totals)
-            total_g, total_g_xhat = totals
-
-        grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            if empty:
-                grad_x = torch.empty_like(x)
-            else:
-                scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
-                mean_g, slope = total_g * ctx.share, invstd * total_g_xhat * ctx.share
-                grad_x = kernels.input_gradient(g, x, batch_mean, scale, mean_g, slope)
+            grad_x, sum_g, sum_g_xhat = _backward_by_pieces(kernels, ctx, g)
+        grad_weight = grad_bias = None
         if ctx.needs_input_grad[1]:
             grad_weight = sum_g_xhat.to(weight.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = sum_g.to(g.dtype if weight is None else weight.dtype)
         return (grad_x, grad_weight, grad_bias) + (None,) * 6
+
+
+def _forward_by_pieces(kernels, x, batch, ref_mean, ref_var, weight, bias, lambda1, eps):
+    """What native_kernels.forward does, of a batch of which x may be a part."""
+    # Kernels want the per-channel vectors in one dtype, x may be narrower.
+    dtype = batch.mean.dtype
+    weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
+    mean = torch.lerp(batch.mean, ref_mean.to(dtype), lambda1)  # eq. 15
+    mixed = torch.lerp(batch.var, ref_var.to(dtype), lambda1)  # eq. 16
+    # Only the batch's share is a sample variance, so only it takes Bessel's correction; with a
+    # single value it is zero whatever the factor.
+    excess = 1.0 / max(batch.count - 1, 1)  # of n / (n - 1) over 1
+    var = torch.add(mixed, batch.var, alpha=(1.0 - lambda1) * excess)
+    if x.numel() == 0:
+        y = torch.empty_like(x)
+    else:
+        y = kernels.normalize(x, mean, mixed, weight, bias, eps)
+    return y, mean, var, batch.mean, torch.rsqrt(mixed + eps)
+
+
+def _backward_by_pieces(kernels, ctx, g):
+    """What native_kernels.backward does, of a batch of which x may be a part."""
+    x, weight, batch_mean, mean, invstd = ctx.saved_tensors
+    empty = x.numel() == 0
+    if empty:
+        sum_g = sum_g_xhat = torch.zeros_like(mean)
+    else:
+        sum_g, sum_g_xhat = kernels.sums(g, x, mean, invstd)
+    total_g, total_g_xhat = sum_g, sum_g_xhat
+    if ctx.all_reduce is not None:
+        # Whatever this process needs, the others wait for its part.
+        totals = torch.stack([sum_g, sum_g_xhat])
+        ctx.all_reduce(totals)
+        total_g, total_g_xhat = totals
+    if not ctx.needs_input_grad[0]:
+        return None, sum_g, sum_g_xhat
+    if empty:
+        return torch.empty_like(x), sum_g, sum_g_xhat
+    scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
+    mean_g, slope = total_g * ctx.share, invstd * total_g_xhat * ctx.share
+    grad_x = kernels.input_gradient(g, x, batch_mean, scale, mean_g, slope)
+    return grad_x, sum_g, sum_g_xhat
 
 
 def mixed_norm(
@@ -167,19 +216,9 @@ def mixed_norm(
     Returns:
         As :func:`ref_batch_norm`.
     """
-    with torch.no_grad():
-        ref_mean, ref_var = ref_mean.to(batch.mean.dtype), ref_var.to(batch.var.dtype)
-        lambda1 = pseudo_count / (batch.samples + pseudo_count)  # eq. 13
-        lambda2 = 1.0 - lambda1  # eq. 14
-        mean = torch.lerp(batch.mean, ref_mean, lambda1)  # eq. 15
-        var = torch.lerp(batch.var, ref_var, lambda1)  # eq. 16
-        # Only the batch's share is a sample variance, so only it takes Bessel's correction; with
-        # a single value it is zero whatever the factor.
-        excess = 1.0 / max(batch.count - 1, 1)  # of n / (n - 1) over 1
-        var_unbiased = torch.add(var, batch.var, alpha=lambda2 * excess)
-    share = lambda2 / batch.count
-    y = _MixedNorm.apply(x, weight, bias, batch.mean, mean, var, share, eps, all_reduce)
-    return y, mean, var_unbiased
+    return _MixedNorm.apply(
+        x, weight, bias, ref_mean, ref_var, pseudo_count, eps, batch, all_reduce
+    )
 
 
 def ref_batch_norm(
@@ -205,14 +244,16 @@ def ref_batch_norm(
         pseudo_count: weight of the reference in samples, >= 0; the paper's is 1.
         eps: added to the mixed variance.
 
+    Raises:
+        ValueError: a vector has not C values, or is on another device than x.
+
     Returns:
         ``(y, mean, var)``: the output in x's shape, dtype and memory format, and the (C,) mixed
         statistics that a moving average should take, without gradient: the mean of eq. 15 and
         eq. 16 with the batch's share Bessel-corrected by n / (n - 1), n = N H W (Algorithm 3,
         line 9).
     """
-    batch = batch_statistics(x)
-    return mixed_norm(x, batch, ref_mean, ref_var, weight, bias, float(pseudo_count), eps)
+    return _MixedNorm.apply(x, weight, bias, ref_mean, ref_var, pseudo_count, eps, None, None)
 
 
 def sample_norm(

@@ -2,9 +2,11 @@
 //
 // x is (n, c, s), s = H W pixels of a channel side by side, or in channels_last (n s, c). Nothing is
 // as expensive as memory: moments and sums read their input once, normalize and input_gradient read
-// it once more and write. Every sum has the same order whatever the number of threads.
+// it once more and write. forward and backward do both, in NCHW channel by channel, which is then
+// often still in the cache. Every sum has the same order whatever the number of threads.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -85,6 +87,13 @@ void add_block(Moments& moments, const T* x, Index rows, Index stride, Index wid
   moments.add(count, mean + shift, squares - shift * error);
 }
 
+// Calls f(k) for every channel, in parallel.
+template <class F>
+void for_channels(Index c, int threads, F f) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (Index k = 0; k < c; k++) f(k);
+}
+
 // Calls f(offset, rows, width) for blocks that cover channel k of NCHW input.
 template <class F>
 void for_blocks(Index n, Index c, Index s, Index k, F f) {
@@ -115,17 +124,14 @@ void by_rows(Index rows, F f) {
   for (; i < rows; i++) f(i, std::integral_constant<Index, 1>());
 }
 
-template <class T, class A>
-void moments_nchw(const T* x, Index n, Index c, Index s, A* mean, A* var, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (Index k = 0; k < c; k++) {
-    Moments moments;
-    for_blocks(n, c, s, k, [&](Index at, Index rows, Index width) {
-      add_block<A>(moments, x + at, rows, c * s, width);
-    });
-    mean[k] = A(moments.mean);
-    var[k] = A(moments.deviations / moments.count);
-  }
+// Of channel k in NCHW.
+template <class A, class T>
+Moments moments_nchw(const T* x, Index n, Index c, Index s, Index k) {
+  Moments moments;
+  for_blocks(n, c, s, k, [&](Index at, Index rows, Index width) {
+    add_block<A>(moments, x + at, rows, c * s, width);
+  });
+  return moments;
 }
 
 // The same for c channels side by side.
@@ -152,8 +158,9 @@ struct ChannelMoments {
   }
 };
 
-template <class T, class A>
-void moments_last(const T* x, Index rows, Index c, A* mean, A* var, int threads) {
+// Calls result(k, Moments) for every channel in channels_last.
+template <class A, class T, class F>
+void moments_last(const T* x, Index rows, Index c, int threads, F result) {
   std::vector<ChannelMoments> parts(kParts, ChannelMoments(c));
   for_row_blocks(rows, c, threads, [&](Index part, Index first, Index count) {
     std::vector<A> scratch(3 * c);
@@ -191,36 +198,45 @@ void moments_last(const T* x, Index rows, Index c, A* mean, A* var, int threads)
   for (const ChannelMoments& m : parts)
     if (m.count > 0)
       total.add(m.count, [&](Index k) { return std::make_pair(m.mean[k], m.deviations[k]); });
-  for (Index k = 0; k < c; k++) {
-    mean[k] = A(total.mean[k]);
-    var[k] = A(total.deviations[k] / total.count);
-  }
+  for (Index k = 0; k < c; k++) result(k, Moments{total.count, total.mean[k], total.deviations[k]});
 }
 
-template <class T, class A>
-void sums_nchw(const T* g, const T* x, Index n, Index c, Index s, const A* mean, const A* invstd,
-               A* sum_g, A* sum_g_xhat, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (Index k = 0; k < c; k++) {
-    const A center = mean[k];
-    double total_g = 0, total_gx = 0;
-    for_blocks(n, c, s, k, [&](Index at, Index rows, Index width) {
-      A part_g = 0, part_gx = 0;
-      for (Index i = 0; i < rows; i++) {
-        const T *row_g = g + at + i * c * s, *row_x = x + at + i * c * s;
-#pragma omp simd reduction(+ : part_g, part_gx)
-        for (Index j = 0; j < width; j++) {
-          const A v = load(row_g[j]);
-          part_g += v;
-          part_gx += v * (load(row_x[j]) - center);
-        }
-      }
-      total_g += part_g;
-      total_gx += part_gx;
-    });
-    sum_g[k] = A(total_g);
-    sum_g_xhat[k] = A(total_gx * invstd[k]);
+// Calls result(k, Moments) for every channel.
+template <class A, class T, class F>
+void all_moments(const T* x, Index n, Index c, Index s, bool last, int threads, F result) {
+  if (last) return moments_last<A>(x, n * s, c, threads, result);
+  for_channels(c, threads, [&](Index k) { result(k, moments_nchw<A>(x, n, c, s, k)); });
+}
+
+// Sums of g and of g (x - center) over `rows` runs of `width` neighbors, `stride` apart.
+template <class A, class T>
+std::pair<A, A> block_sums(const T* g, const T* x, A center, Index rows, Index stride,
+                           Index width) {
+  A sum_g = 0, sum_gx = 0;
+  for (Index i = 0; i < rows; i++) {
+    const T *row_g = g + i * stride, *row_x = x + i * stride;
+#pragma omp simd reduction(+ : sum_g, sum_gx)
+    for (Index j = 0; j < width; j++) {
+      const A v = load(row_g[j]);
+      sum_g += v;
+      sum_gx += v * (load(row_x[j]) - center);
+    }
   }
+  return {sum_g, sum_gx};
+}
+
+// Of channel k in NCHW.
+template <class T, class A>
+void sums_nchw(const T* g, const T* x, Index n, Index c, Index s, Index k, const A* mean,
+               const A* invstd, A* sum_g, A* sum_g_xhat) {
+  double total_g = 0, total_gx = 0;
+  for_blocks(n, c, s, k, [&](Index at, Index rows, Index width) {
+    const auto sums = block_sums<A>(g + at, x + at, mean[k], rows, c * s, width);
+    total_g += sums.first;
+    total_gx += sums.second;
+  });
+  sum_g[k] = A(total_g);
+  sum_g_xhat[k] = A(total_gx * invstd[k]);
 }
 
 template <class T, class A>
@@ -258,22 +274,93 @@ void sums_last(const T* g, const T* x, Index rows, Index c, const A* mean, const
   }
 }
 
-// Sets out[i] to f(i, channel) everywhere.
+// Sets out[i] to f(i, k) in channel k of NCHW. On its own the compiler vectorizes it; as a part of its
+// caller, not always.
+template <class T, class F>
+__attribute__((noinline)) void map_nchw(T* out, Index n, Index c, Index s, Index k, F f) {
+  for (Index i = 0; i < n; i++) {
+    const Index at = (i * c + k) * s;
+#pragma omp simd
+    for (Index j = at; j < at + s; j++) store(f(j, k), out[j]);
+  }
+}
+
+// Sets out[i] to f(i, channel) everywhere in channels_last.
+template <class T, class F>
+void map_last(T* out, Index rows, Index c, int threads, F f) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (Index i = 0; i < rows; i++)
+#pragma omp simd
+    for (Index k = 0; k < c; k++) store(f(i * c + k, k), out[i * c + k]);
+}
+
 template <class T, class F>
 void map(T* out, Index n, Index c, Index s, bool last, int threads, F f) {
+  if (last) return map_last(out, n * s, c, threads, f);
+  for_channels(c, threads, [&](Index k) { map_nchw(out, n, c, s, k, f); });
+}
+
+template <class T, class A>
+auto normalized(const T* x, const A* mean, const A* scale, const A* bias) {
+  return [=](Index i, Index k) { return (load(x[i]) - mean[k]) * scale[k] + bias[k]; };
+}
+
+template <class T, class A>
+auto gradient(const T* g, const T* x, const A* center, const A* scale, const A* mean_g,
+              const A* slope) {
+  return [=](Index i, Index k) {
+    return scale[k] * ((load(g[i]) - mean_g[k]) - slope[k] * (load(x[i]) - center[k]));
+  };
+}
+
+template <class T, class A>
+void forward(const T* x, Index n, Index c, Index s, bool last, int threads, const A* ref_mean,
+             const A* ref_var, const A* weight, const A* bias, double lambda1, double eps,
+             A* batch_mean, A* mean, A* var, A* invstd, T* y) {
+  std::vector<A> scale(c), shift(c);
+  const auto mix = [&](Index k, const Moments& m) {
+    const double own = m.deviations / m.count;
+    const double mixed = own + lambda1 * (ref_var[k] - own);  // eq. 16
+    batch_mean[k] = A(m.mean);
+    mean[k] = A(m.mean + lambda1 * (ref_mean[k] - m.mean));  // eq. 15
+    // Only the batch's share is a sample variance, so only it takes Bessel's correction.
+    var[k] = A(mixed + (1 - lambda1) * own / std::max(m.count - 1, 1.0));
+    invstd[k] = A(1 / std::sqrt(mixed + eps));
+    scale[k] = weight ? weight[k] * invstd[k] : invstd[k];
+    shift[k] = bias ? bias[k] : A(0);
+  };
+  const auto f = normalized(x, mean, scale.data(), shift.data());
   if (last) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (Index i = 0; i < n * s; i++)
-#pragma omp simd
-      for (Index k = 0; k < c; k++) store(f(i * c + k, k), out[i * c + k]);
-  } else {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (Index r = 0; r < n * c; r++) {
-      const Index k = r % c;
-#pragma omp simd
-      for (Index j = r * s; j < (r + 1) * s; j++) store(f(j, k), out[j]);
-    }
+    moments_last<A>(x, n * s, c, threads, mix);
+    return map_last(y, n * s, c, threads, f);
   }
+  for_channels(c, threads, [&](Index k) {
+    mix(k, moments_nchw<A>(x, n, c, s, k));
+    map_nchw(y, n, c, s, k, f);
+  });
+}
+
+template <class T, class A>
+void backward(const T* x, Index n, Index c, Index s, bool last, int threads, const T* g,
+              const A* weight, const A* batch_mean, const A* mean, const A* invstd, double share,
+              A* sum_g, A* sum_g_xhat, T* dx) {
+  std::vector<A> scale(c), mean_g(c), slope(c);
+  const auto f = gradient(g, x, batch_mean, scale.data(), mean_g.data(), slope.data());
+  const auto prepare = [&](Index k) {
+    scale[k] = weight ? weight[k] * invstd[k] : invstd[k];
+    mean_g[k] = A(sum_g[k] * share);
+    slope[k] = A(invstd[k] * sum_g_xhat[k] * share);
+  };
+  if (last) {
+    sums_last(g, x, n * s, c, mean, invstd, sum_g, sum_g_xhat, threads);
+    for (Index k = 0; k < c; k++) prepare(k);
+    return map_last(dx, n * s, c, threads, f);
+  }
+  for_channels(c, threads, [&](Index k) {
+    sums_nchw(g, x, n, c, s, k, mean, invstd, sum_g, sum_g_xhat);
+    prepare(k);
+    map_nchw(dx, n, c, s, k, f);
+  });
 }
 
 int threads_for(Index elements, int threads) { return elements < kSerial ? 1 : threads; }
@@ -284,35 +371,46 @@ int threads_for(Index elements, int threads) { return elements < kSerial ? 1 : t
 #define KERNELS(NAME, T, A)                                                                      \
   extern "C" void moments_##NAME(const T* x, Index n, Index c, Index s, bool last, int threads,  \
                                  A* mean, A* var) {                                              \
-    threads = threads_for(n * c * s, threads);                                                   \
-    if (last)                                                                                    \
-      moments_last(x, n * s, c, mean, var, threads);                                             \
-    else                                                                                         \
-      moments_nchw(x, n, c, s, mean, var, threads);                                              \
+    all_moments<A>(x, n, c, s, last, threads_for(n * c * s, threads),                            \
+                   [=](Index k, const Moments& m) {                                              \
+                     mean[k] = A(m.mean);                                                        \
+                     var[k] = A(m.deviations / m.count);                                         \
+                   });                                                                           \
   }                                                                                              \
   extern "C" void sums_##NAME(const T* x, Index n, Index c, Index s, bool last, int threads,     \
                               const T* g, const A* mean, const A* invstd, A* sum_g,              \
                               A* sum_g_xhat) {                                                   \
     threads = threads_for(n * c * s, threads);                                                   \
-    if (last)                                                                                    \
-      sums_last(g, x, n * s, c, mean, invstd, sum_g, sum_g_xhat, threads);                       \
-    else                                                                                         \
-      sums_nchw(g, x, n, c, s, mean, invstd, sum_g, sum_g_xhat, threads);                        \
+    if (last) return sums_last(g, x, n * s, c, mean, invstd, sum_g, sum_g_xhat, threads);        \
+    for_channels(c, threads, [=](Index k) {                                                      \
+      sums_nchw(g, x, n, c, s, k, mean, invstd, sum_g, sum_g_xhat);                              \
+    });                                                                                          \
   }                                                                                              \
   extern "C" void normalize_##NAME(const T* x, Index n, Index c, Index s, bool last,             \
                                    int threads, const A* mean, const A* scale, const A* bias,    \
                                    T* y) {                                                       \
-    map(y, n, c, s, last, threads_for(n * c * s, threads), [=](Index i, Index k) {               \
-      return (load(x[i]) - mean[k]) * scale[k] + bias[k];                                        \
-    });                                                                                          \
+    map(y, n, c, s, last, threads_for(n * c * s, threads), normalized(x, mean, scale, bias));    \
   }                                                                                              \
   extern "C" void input_gradient_##NAME(const T* x, Index n, Index c, Index s, bool last,        \
                                         int threads, const T* g, const A* center,                \
                                         const A* scale, const A* mean_g, const A* slope,         \
                                         T* dx) {                                                 \
-    map(dx, n, c, s, last, threads_for(n * c * s, threads), [=](Index i, Index k) {              \
-      return scale[k] * ((load(g[i]) - mean_g[k]) - slope[k] * (load(x[i]) - center[k]));        \
-    });                                                                                          \
+    map(dx, n, c, s, last, threads_for(n * c * s, threads),                                      \
+        gradient(g, x, center, scale, mean_g, slope));                                           \
+  }                                                                                              \
+  extern "C" void forward_##NAME(                                                                \
+      const T* x, Index n, Index c, Index s, bool last, int threads, const A* ref_mean,          \
+      const A* ref_var, const A* weight, const A* bias, double lambda1, double eps,              \
+      A* batch_mean, A* mean, A* var, A* invstd, T* y) {                                         \
+    forward(x, n, c, s, last, threads_for(n * c * s, threads), ref_mean, ref_var, weight, bias,  \
+            lambda1, eps, batch_mean, mean, var, invstd, y);                                     \
+  }                                                                                              \
+  extern "C" void backward_##NAME(                                                               \
+      const T* x, Index n, Index c, Index s, bool last, int threads, const T* g,                 \
+      const A* weight, const A* batch_mean, const A* mean, const A* invstd, double share,        \
+      A* sum_g, A* sum_g_xhat, T* dx) {                                                          \
+    backward(x, n, c, s, last, threads_for(n * c * s, threads), g, weight, batch_mean, mean,     \
+             invstd, share, sum_g, sum_g_xhat, dx);                                              \
   }
 
 KERNELS(float, float, float)

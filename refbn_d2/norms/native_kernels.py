@@ -1,9 +1,12 @@
 """The kernels of functional.py on a CPU, compiled from native_kernels.cpp when first needed.
 
-The system's C++ compiler takes a second or two, once for each machine and version of the source;
-the result is kept in ``refbn_d2`` under ``$XDG_CACHE_HOME`` (``~/.cache``). Without a compiler, or
-with ``REFBN_NATIVE=0``, cpu_kernels.py does the same work. x and g are dense, in the same memory
-format, contiguous or channels_last, and not empty.
+The system's C++ compiler takes some seconds, once for each machine and version of the source; the
+result is kept in ``refbn_d2`` under ``$XDG_CACHE_HOME`` (``~/.cache``). Without a compiler, or with
+``REFBN_NATIVE=0``, cpu_kernels.py does the same work. x and g are dense, in the same memory format,
+contiguous or channels_last, and not empty.
+
+Beside the four functions of every set of kernels there are :func:`forward` and :func:`backward`,
+for a batch that is all here: one call each, and in NCHW one way through memory less.
 """
 
 import ctypes
@@ -15,21 +18,37 @@ import shlex
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
 
 from .plain_kernels import statistics_dtype
 
-__all__ = ["available_for", "input_gradient", "moments", "normalize", "sums"]
+__all__ = [
+    "available_for",
+    "backward",
+    "forward",
+    "input_gradient",
+    "moments",
+    "normalize",
+    "sums",
+]
 
 logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
-# Pointers behind those that all kernels take: x, n, c, s, channels_last, threads.
-_POINTERS = {"moments": 2, "sums": 5, "normalize": 4, "input_gradient": 6}
+# What each takes behind x, n, c, s, channels_last and threads: pointers and doubles.
+_ARGUMENTS = {
+    "moments": "pp",
+    "sums": "ppppp",
+    "normalize": "pppp",
+    "input_gradient": "pppppp",
+    "forward": "ppppddppppp",
+    "backward": "pppppdppp",
+}
+_C_TYPES = {"p": ctypes.c_void_p, "d": ctypes.c_double}
 # By what torch found that this machine can do: the instructions that its own kernels are built for.
 _INSTRUCTIONS = {
     "AVX2": ["-mavx2", "-mfma"],
@@ -40,7 +59,7 @@ _INSTRUCTIONS = {
 def available_for(x: Tensor) -> bool:
     """Whether these kernels can be had for x, a tensor on a CPU."""
     # A subclass (a fake tensor, say) need not have the memory that these kernels read.
-    return type(x) is Tensor and ("moments", x.dtype) in _functions()
+    return type(x) is Tensor and x.numel() > 0 and ("moments", x.dtype) in _functions()
 
 
 @functools.lru_cache(maxsize=None)
@@ -55,12 +74,12 @@ def _functions() -> Dict[Tuple[str, torch.dtype], Any]:
         logger.debug("norms run without compiled kernels: %s", e)
         return {}
     functions = {}
-    for name, pointers in _POINTERS.items():
+    for name, arguments in _ARGUMENTS.items():
         for dtype, type_name in _TYPES.items():
             function = functions[name, dtype] = getattr(library, f"{name}_{type_name}")
             function.restype = None
             function.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_bool]
-            function.argtypes += [ctypes.c_int, *[ctypes.c_void_p] * pointers]
+            function.argtypes += [ctypes.c_int, *[_C_TYPES[a] for a in arguments]]
     return functions
 
 
@@ -88,7 +107,7 @@ def _compiled() -> str:
     return str(library)
 
 
-def _call(name: str, x: Tensor, *tensors: Tensor) -> None:
+def _call(name: str, x: Tensor, *arguments: Union[Tensor, float, None]) -> None:
     samples, channels, height, width = x.shape
     _functions()[name, x.dtype](
         x.data_ptr(),
@@ -98,8 +117,52 @@ def _call(name: str, x: Tensor, *tensors: Tensor) -> None:
         # Both where a channel is one pixel, and then this is the faster way to look at it.
         x.is_contiguous(memory_format=torch.channels_last),
         torch.get_num_threads(),
-        *[t.data_ptr() for t in tensors],
+        # Numbers and None, which is a null pointer, as they are.
+        *[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments],
     )
+
+
+def _vector(v: Optional[Tensor], dtype: torch.dtype) -> Optional[Tensor]:
+    return None if v is None else v.to(dtype).contiguous()
+
+
+def forward(
+    x: Tensor,
+    ref_mean: Tensor,
+    ref_var: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    lambda1: float,
+    eps: float,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Normalizes a batch by its own statistics mixed with those of the reference (eq. 15-16).
+
+    Returns:
+        ``(y, mean, var, batch_mean, invstd)``: the first three as functional.ref_batch_norm, and
+        what :func:`backward` needs besides.
+    """
+    dtype = statistics_dtype(x)
+    mean, var, batch_mean, invstd = [torch.empty(x.shape[1], dtype=dtype) for _ in range(4)]
+    y = torch.empty_like(x)
+    given = [_vector(v, dtype) for v in (ref_mean, ref_var, weight, bias)]
+    _call("forward", x, *given, lambda1, eps, batch_mean, mean, var, invstd, y)
+    return y, mean, var, batch_mean, invstd
+
+
+def backward(
+    g: Tensor,
+    x: Tensor,
+    weight: Optional[Tensor],
+    batch_mean: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    share: float,
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, and of weight and bias as :func:`sums` has them."""
+    sum_g, sum_g_xhat, grad = torch.empty_like(mean), torch.empty_like(mean), torch.empty_like(x)
+    weight = _vector(weight, mean.dtype)
+    _call("backward", x, g, weight, batch_mean, mean, invstd, share, sum_g, sum_g_xhat, grad)
+    return grad, sum_g, sum_g_xhat
 
 
 def moments(x: Tensor) -> Tuple[Tensor, Tensor]:

@@ -1,13 +1,11 @@
 """The moving averages of BatchNorm, for norms that average something else than BatchNorm does."""
 
-import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
 __all__ = ["count_batch", "update_running_stats"]
 
 
-@torch.no_grad()
 def count_batch(norm: _NormBase) -> float:
     """Counts one more batch in ``num_batches_tracked``; returns the weight it has in the average.
 
@@ -17,9 +15,8 @@ def count_batch(norm: _NormBase) -> float:
     return 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
 
 
-@torch.no_grad()
 def update_running_stats(norm: _NormBase, mean: Tensor, var: Tensor) -> None:
-    """Moves the running statistics of ``norm`` towards (C,) ``mean`` and ``var``.
+    """Moves the running statistics of ``norm`` towards (C,) ``mean`` and ``var``, without gradient.
 
     Does nothing in eval mode or without running statistics, as BatchNorm.
     """

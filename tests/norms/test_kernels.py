@@ -22,7 +22,7 @@ if INTERPRETED:
     KERNELS = [triton_kernels]
 else:
     KERNELS = [cpu_kernels, plain_kernels]
-    if native_kernels.available_for(torch.empty(0)):  # test_native_kernels.py says when it must be
+    if native_kernels.available_for(torch.empty(1)):  # test_native_kernels.py says when it must be
         KERNELS.append(native_kernels)
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 # Rows shorter and longer than a vector and than a tile, channels that fill no tile, one value.
@@ -36,12 +36,18 @@ def kernels(request, monkeypatch):
     return request.param
 
 
+def _by_pieces(x, *others):
+    # What SyncRefBN calls, where x may be a part of the batch: never the whole in one kernel.
+    return functional.mixed_norm(x, functional.batch_statistics(x), *others)
+
+
+@pytest.mark.parametrize("norm", [functional.ref_batch_norm, _by_pieces], ids=["whole", "pieces"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
     "dtype, tol", [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
 )
-def test_equals_the_equations(kernels, layout, shape, dtype, tol):
+def test_equals_the_equations(kernels, norm, layout, shape, dtype, tol):
     c = shape[1]
     x = (torch.randn(shape) * 2 + 3).to(dtype).contiguous(memory_format=LAYOUTS[layout])
     wide = torch.promote_types(dtype, torch.float32)
@@ -51,7 +57,7 @@ def test_equals_the_equations(kernels, layout, shape, dtype, tol):
     exact = [t.detach().double().requires_grad_() for t in leaves]
     wanted = oracle.ref_bn(exact[0], ref_mean.double(), ref_var.double(), *exact[1:])
 
-    y, mean, var = functional.ref_batch_norm(leaves[0], ref_mean, ref_var, *leaves[1:])
+    y, mean, var = norm(leaves[0], ref_mean, ref_var, *leaves[1:])
     assert y.dtype == dtype and y.is_contiguous(memory_format=LAYOUTS[layout])
     assert oracle.relative_error(y, wanted[0]) < tol
     statistics = min(tol, 1e-5)
@@ -64,6 +70,24 @@ def test_equals_the_equations(kernels, layout, shape, dtype, tol):
     unit = float(g.abs().max())  # where all terms cancel
     for actual, expected in zip(grads, wanted_grads):
         assert oracle.relative_error(actual, expected, unit) < tol
+
+
+def test_frozen_input_still_gives_the_affine_gradients(kernels):
+    x, weight, bias = torch.randn(2, 3, 4, 5), torch.randn(3), torch.randn(3)
+    leaves, g = [weight.requires_grad_(), bias.requires_grad_()], torch.randn(x.shape)
+    wanted = oracle.ref_bn(x.double(), torch.zeros(3).double(), torch.ones(3).double(), *leaves)[0]
+    y = functional.ref_batch_norm(x, torch.zeros(3), torch.ones(3), *leaves)[0]
+    for actual, expected in zip(
+        oracle.gradients(y, g, *leaves), oracle.gradients(wanted, g.double(), *leaves)
+    ):
+        assert oracle.relative_error(actual, expected) < 1e-5
+
+
+@pytest.mark.parametrize("wrong", range(4))
+def test_a_vector_of_the_wrong_length_is_an_error(kernels, wrong):
+    vectors = [torch.ones(4 if i == wrong else 3) for i in range(4)]
+    with pytest.raises(ValueError, match=r"expected 3 values.* got a tensor of shape \(4,\)"):
+        functional.ref_batch_norm(torch.randn(2, 3, 4, 5), *vectors)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -89,7 +89,9 @@ def test_the_number_of_threads_changes_no_bit(layout, shape, threads):
         y = native_kernels.normalize(x, mean, var, None, None, 1e-5)
         sums = native_kernels.sums(g, x, mean, var)
         grad = native_kernels.input_gradient(g, x, mean, var, *sums)
-        results.append((mean, var, y, *sums, grad))
+        forward = native_kernels.forward(x, mean, var, None, None, 0.2, 1e-5)
+        backward = native_kernels.backward(g, x, None, mean, mean, var, 1e-3)
+        results.append((mean, var, y, *sums, grad, *forward, *backward))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
