@@ -1,6 +1,7 @@
 """Measuring what a norm costs: time against BatchNorm and the memory bandwidth, bytes kept."""
 
 import copy
+import random
 import resource
 import statistics
 import subprocess
@@ -132,7 +133,7 @@ def layer_times(
     repeats: int,
     device: str = "cpu",
 ) -> Dict[str, Dict[str, Any]]:
-    """Times a training step of single layers, interleaved: every round measures each norm once.
+    """Times a training step of single layers: in every round each norm once, in random order.
 
     Args:
         norms: constructors that take the number of channels, by name; "BN" is the yardstick.
@@ -152,12 +153,13 @@ def layer_times(
     target = torch.empty_like(g)
     layers = {name: _prepared(build, x) for name, build in norms.items()}
     times: Dict[str, Dict[str, List[float]]] = {n: {"forward": [], "backward": []} for n in layers}
-    copies = []
+    copies, order = [], random.Random(0)
     for round_ in range(-1, repeats):
         copy_ = _seconds(lambda: target.copy_(g))
         if round_ >= 0:
             copies.append(copy_)
-        for name, layer in layers.items():
+        # The allocator's state after one norm decides how another finds it: none is always first.
+        for name, layer in order.sample(list(layers.items()), len(layers)):
             x.grad = None
             outputs: List[Tensor] = []
             forward = _seconds(lambda layer=layer, outputs=outputs: outputs.append(layer(x)))

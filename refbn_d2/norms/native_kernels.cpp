@@ -22,8 +22,8 @@ using Index = std::int64_t;
 constexpr Index kBlock = 4096;
 // In channels_last a block has all channels: rows, and elements in the second cache.
 constexpr Index kMaxRows = 256, kBlockElements = 65536;
-// Parts of channels_last input that are summed independently: more would not be found faster.
-constexpr Index kParts = 32, kMinRows = 64;
+// Parts of channels_last input that are summed independently: at most so many, at least so large.
+constexpr Index kParts = 32, kPartElements = 131072;
 // Less than this is not worth waking other threads for.
 constexpr Index kSerial = 32768;
 
@@ -103,13 +103,24 @@ void for_blocks(Index n, Index c, Index s, Index k, F f) {
       f((i * c + k) * s + j, std::min(rows, n - i), std::min(width, s - j));
 }
 
+// Rows of a part.
+Index part_rows(Index rows, Index c) {
+  return std::max((rows + kParts - 1) / kParts, (kPartElements + c - 1) / c);
+}
+
+// How many parts there are; it does not depend on the number of threads.
+Index parts_of(Index rows, Index c) {
+  const Index part = part_rows(rows, c);
+  return (rows + part - 1) / part;
+}
+
 // Calls f(part, first row, rows) for blocks of `rows` rows in channels_last; parts in parallel.
 template <class F>
 void for_row_blocks(Index rows, Index c, int threads, F f) {
   const Index block = std::clamp<Index>(kBlockElements / c, 8, kMaxRows);
-  const Index part = std::max<Index>(kMinRows, (rows + kParts - 1) / kParts);
+  const Index part = part_rows(rows, c), parts = parts_of(rows, c);
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (Index p = 0; p < kParts; p++) {
+  for (Index p = 0; p < parts; p++) {
     const Index end = std::min(rows, (p + 1) * part);
     for (Index i = p * part; i < end; i += block) f(p, i, std::min(block, end - i));
   }
@@ -161,21 +172,14 @@ struct ChannelMoments {
 // Calls result(k, Moments) for every channel in channels_last.
 template <class A, class T, class F>
 void moments_last(const T* x, Index rows, Index c, int threads, F result) {
-  std::vector<ChannelMoments> parts(kParts, ChannelMoments(c));
+  std::vector<ChannelMoments> parts(parts_of(rows, c), ChannelMoments(c));
   for_row_blocks(rows, c, threads, [&](Index part, Index first, Index count) {
+    // Around the block's first row one pass is enough: a value is within sqrt(count) standard
+    // deviations of the mean of values that it is among, so the difference below leaves digits.
     std::vector<A> scratch(3 * c);
-    A *const center = scratch.data(), *const error = center + c, *const squares = error + c;
+    A *const center = scratch.data(), *const sum = center + c, *const squares = sum + c;
     const T* const block = x + first * c;
-    by_rows(count, [&](Index i, auto some) {
-#pragma omp simd
-      for (Index k = 0; k < c; k++) {
-        A sum = 0;
-        for (Index r = 0; r < some; r++) sum += load(block[(i + r) * c + k]);
-        center[k] += sum;
-      }
-    });
-    const A share = A(1) / A(count);
-    for (Index k = 0; k < c; k++) center[k] *= share;
+    for (Index k = 0; k < c; k++) center[k] = load(block[k]);
     by_rows(count, [&](Index i, auto some) {
 #pragma omp simd
       for (Index k = 0; k < c; k++) {
@@ -185,19 +189,19 @@ void moments_last(const T* x, Index rows, Index c, int threads, F result) {
           first += d;
           second += d * d;
         }
-        error[k] += first;
+        sum[k] += first;
         squares[k] += second;
       }
     });
+    const double share = 1.0 / double(count);
     parts[part].add(double(count), [=](Index k) {
-      const double shift = double(error[k]) * share;
-      return std::make_pair(center[k] + shift, squares[k] - shift * error[k]);
+      const double shift = sum[k] * share;
+      return std::make_pair(center[k] + shift, squares[k] - shift * sum[k]);
     });
   });
   ChannelMoments total(c);
   for (const ChannelMoments& m : parts)
-    if (m.count > 0)
-      total.add(m.count, [&](Index k) { return std::make_pair(m.mean[k], m.deviations[k]); });
+    total.add(m.count, [&](Index k) { return std::make_pair(m.mean[k], m.deviations[k]); });
   for (Index k = 0; k < c; k++) result(k, Moments{total.count, total.mean[k], total.deviations[k]});
 }
 
@@ -242,7 +246,7 @@ void sums_nchw(const T* g, const T* x, Index n, Index c, Index s, Index k, const
 template <class T, class A>
 void sums_last(const T* g, const T* x, Index rows, Index c, const A* mean, const A* invstd,
                A* sum_g, A* sum_g_xhat, int threads) {
-  std::vector<double> parts(2 * kParts * c);
+  std::vector<double> parts(2 * parts_of(rows, c) * c);
   for_row_blocks(rows, c, threads, [&](Index part, Index first, Index count) {
     std::vector<A> scratch(2 * c);
     A *const part_g = scratch.data(), *const part_gx = part_g + c;
@@ -265,7 +269,7 @@ void sums_last(const T* g, const T* x, Index rows, Index c, const A* mean, const
   });
   for (Index k = 0; k < c; k++) {
     double total_g = 0, total_gx = 0;
-    for (Index p = 0; p < kParts; p++) {
+    for (Index p = 0; p < parts_of(rows, c); p++) {
       total_g += parts[2 * p * c + k];
       total_gx += parts[(2 * p + 1) * c + k];
     }

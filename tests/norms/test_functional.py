@@ -102,6 +102,23 @@ def test_no_gradient_reaches_reference_or_statistics():
     assert ref_mean.grad is None
 
 
+def test_an_output_without_a_gradient_has_one_of_zeros():
+    class Drop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.sum()
+
+        @staticmethod
+        def backward(ctx, g):
+            return None
+
+    x, weight, bias, ref_mean, ref_var = _inputs((3, 2, 2, 3))
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    Drop.apply(ref_batch_norm(x, ref_mean, ref_var, weight, bias)[0]).backward()
+    for leaf in leaves:
+        assert torch.equal(leaf.grad, torch.zeros_like(leaf))
+
+
 def test_second_derivative_is_a_clear_error():
     x, weight, bias, ref_mean, ref_var = _inputs((3, 2, 2, 3))
     y = ref_batch_norm(x.requires_grad_(), ref_mean, ref_var, weight, bias)[0]
