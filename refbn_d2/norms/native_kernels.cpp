@@ -21,7 +21,7 @@ using Index = std::int64_t;
 // no digits, and few enough to be found in the first cache when they are read again.
 constexpr Index kBlock = 4096;
 // In channels_last a block has all channels: rows, and elements in the second cache.
-constexpr Index kMaxRows = 256, kBlockElements = 65536;
+constexpr Index kMaxRows = 256, kBlockElements = 65536, kHead = 8;
 // Parts of channels_last input that are summed independently: at most so many, at least so large.
 constexpr Index kParts = 32, kPartElements = 131072;
 // Less than this is not worth waking other threads for.
@@ -174,12 +174,15 @@ template <class A, class T, class F>
 void moments_last(const T* x, Index rows, Index c, int threads, F result) {
   std::vector<ChannelMoments> parts(parts_of(rows, c), ChannelMoments(c));
   for_row_blocks(rows, c, threads, [&](Index part, Index first, Index count) {
-    // Around the block's first row one pass is enough: a value is within sqrt(count) standard
-    // deviations of the mean of values that it is among, so the difference below leaves digits.
+    // Around the mean of its first rows one pass over the block is enough: the mean of q values is
+    // within sqrt(count / q) standard deviations of that of all, so the difference below leaves digits.
     std::vector<A> scratch(3 * c);
     A *const center = scratch.data(), *const sum = center + c, *const squares = sum + c;
     const T* const block = x + first * c;
-    for (Index k = 0; k < c; k++) center[k] = load(block[k]);
+    const Index head = std::min(kHead, count);
+    for (Index i = 0; i < head; i++)
+#pragma omp simd
+      for (Index k = 0; k < c; k++) center[k] += load(block[i * c + k]) / A(head);
     by_rows(count, [&](Index i, auto some) {
 #pragma omp simd
       for (Index k = 0; k < c; k++) {

@@ -101,6 +101,15 @@ def test_variance_keeps_its_digits_far_from_zero(kernels, layout, offset):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_variance_keeps_its_digits_beside_an_outlier(kernels, layout):
+    # In the place that a sum of squares would be taken around.
+    x = torch.randn(3, 20, 20, 40).contiguous(memory_format=LAYOUTS[layout])
+    x[0, :, 0, 0] = 1e4
+    wanted = oracle.moments(x.double(), 0, 2, 3)[1].flatten()
+    assert oracle.relative_error(kernels.moments(x)[1], wanted) < 1e-4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kernels", [k for k in KERNELS if k in (cpu_kernels, native_kernels)])
 def test_statistics_of_many_values_keep_their_digits(kernels, layout):
     x = (torch.randn(2, 3, 512, 512) * 2 + 3).contiguous(memory_format=LAYOUTS[layout])
