@@ -42,9 +42,9 @@ def _kernels(x: Tensor) -> ModuleType:
     """The kernels for x; plain_kernels says what they are."""
     if torch.compiler.is_compiling():
         return plain_kernels
-    if x.device.type == "cpu":
+    if x.is_cpu:
         return native_kernels if native_kernels.available_for(x) else cpu_kernels
-    if x.device.type == "cuda":
+    if x.is_cuda:
         if os.getenv("REFBN_TRITON") == "1":  # opt-in: nobody has measured it yet
             try:
                 from . import triton_kernels
@@ -127,7 +127,7 @@ class _MixedNorm(torch.autograd.Function):
             results = _forward_by_pieces(kernels, x, batch, *reference, *affine, lambda1, eps)
         y, mean, var, batch_mean, invstd = results
         ctx.save_for_backward(x, weight, batch_mean, mean, invstd)
-        ctx.share, ctx.all_reduce = lambda2 / count, all_reduce
+        ctx.kernels, ctx.share, ctx.all_reduce = kernels, lambda2 / count, all_reduce
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)  # of these two, which nobody reads
         return y, mean, var
@@ -136,13 +136,13 @@ class _MixedNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g, *_):
         x, weight, batch_mean, mean, invstd = ctx.saved_tensors
-        kernels = _kernels(x)
+        kernels = ctx.kernels
         g = torch.zeros_like(x) if g is None else _like(g, x)
         if kernels is native_kernels and ctx.all_reduce is None and ctx.needs_input_grad[0]:
             vectors = weight, batch_mean, mean, invstd
             grad_x, sum_g, sum_g_xhat = kernels.backward(g, x, *vectors, ctx.share)
         else:
-            grad_x, sum_g, sum_g_xhat = _backward_by_pieces(kernels, ctx, g)
+            grad_x, sum_g, sum_g_xhat = _backward_by_pieces(ctx, g)
         grad_weight = grad_bias = None
         if ctx.needs_input_grad[1]:
             grad_weight = sum_g_xhat.to(weight.dtype)
@@ -169,8 +169,9 @@ def _forward_by_pieces(kernels, x, batch, ref_mean, ref_var, weight, bias, lambd
     return y, mean, var, batch.mean, torch.rsqrt(mixed + eps)
 
 
-def _backward_by_pieces(kernels, ctx, g):
+def _backward_by_pieces(ctx, g):
     """What native_kernels.backward does, of a batch of which x may be a part."""
+    kernels = ctx.kernels
     x, weight, batch_mean, mean, invstd = ctx.saved_tensors
     empty = x.numel() == 0
     if empty:

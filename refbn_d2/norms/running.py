@@ -23,5 +23,5 @@ def update_running_stats(norm: _NormBase, mean: Tensor, var: Tensor) -> None:
     if not norm.training or norm.running_mean is None:
         return
     factor = count_batch(norm)
-    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), factor)
-    norm.running_var.lerp_(var.to(norm.running_var.dtype), factor)
+    for running, value in ((norm.running_mean, mean), (norm.running_var, var)):
+        running.lerp_(value.to(running.dtype), factor)
