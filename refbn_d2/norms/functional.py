@@ -108,7 +108,8 @@ class _MixedNorm(torch.autograd.Function):
 
     where l2 = N / (N + pseudo_count) and ``share`` = l2 / n. The reference is a constant: no
     gradient reaches it. l2 = 1 is BatchNorm, l2 = 0 a frozen affine map. The two means are over
-    the whole batch: where other processes hold parts of it, ``all_reduce`` adds up their sums.
+    the whole batch: where other processes hold parts of it, ``batch`` has its statistics and
+    ``all_reduce`` adds up their sums. Without ``batch``, x is all of it.
     """
 
     @staticmethod
@@ -123,7 +124,7 @@ class _MixedNorm(torch.autograd.Function):
             results = kernels.forward(x, *reference, *affine, lambda1, eps)
         else:
             if batch is None:
-                batch = BatchStatistics(samples, count, *kernels.moments(x))
+                batch = batch_statistics(x)
             results = _forward_by_pieces(kernels, x, batch, *reference, *affine, lambda1, eps)
         y, mean, var, batch_mean, invstd = results
         ctx.save_for_backward(x, weight, batch_mean, mean, invstd)

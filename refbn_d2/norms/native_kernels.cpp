@@ -21,7 +21,9 @@ using Index = std::int64_t;
 // no digits, and few enough to be found in the first cache when they are read again.
 constexpr Index kBlock = 4096;
 // In channels_last a block has all channels: rows, and elements in the second cache.
-constexpr Index kMaxRows = 256, kBlockElements = 65536, kHead = 8;
+constexpr Index kMaxRows = 256, kBlockElements = 65536;
+// Rows of it whose mean its deviations are taken from.
+constexpr Index kHead = 8;
 // Parts of channels_last input that are summed independently: at most so many, at least so large.
 constexpr Index kParts = 32, kPartElements = 131072;
 // Less than this is not worth waking other threads for.
@@ -249,7 +251,8 @@ void sums_nchw(const T* g, const T* x, Index n, Index c, Index s, Index k, const
 template <class T, class A>
 void sums_last(const T* g, const T* x, Index rows, Index c, const A* mean, const A* invstd,
                A* sum_g, A* sum_g_xhat, int threads) {
-  std::vector<double> parts(2 * parts_of(rows, c) * c);
+  const Index part_count = parts_of(rows, c);
+  std::vector<double> parts(2 * part_count * c);
   for_row_blocks(rows, c, threads, [&](Index part, Index first, Index count) {
     std::vector<A> scratch(2 * c);
     A *const part_g = scratch.data(), *const part_gx = part_g + c;
@@ -272,7 +275,7 @@ void sums_last(const T* g, const T* x, Index rows, Index c, const A* mean, const
   });
   for (Index k = 0; k < c; k++) {
     double total_g = 0, total_gx = 0;
-    for (Index p = 0; p < parts_of(rows, c); p++) {
+    for (Index p = 0; p < part_count; p++) {
       total_g += parts[2 * p * c + k];
       total_gx += parts[(2 * p + 1) * c + k];
     }
