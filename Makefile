@@ -12,11 +12,11 @@ OUTPUT ?= output/quickstart
 setup: $(VENV)/.complete
 
 # The marker comes last, so an interrupted set-up runs again; each step skips what is done.
-$(VENV)/.complete: requirements.txt setup.py tools/setup_detectron2.py
+$(VENV)/.complete: requirements.txt setup.py dev/setup_detectron2.py
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "installing requirements into $(VENV) (the first time about 3 GB)"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements.txt
-	@$(BIN)/python tools/setup_detectron2.py
+	@$(BIN)/python dev/setup_detectron2.py
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 

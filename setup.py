@@ -15,7 +15,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["refbn_d2", "refbn_d2.*"]),
-    package_data={"refbn_d2.evaluation": ["*.j2"], "refbn_d2.norms": ["*.cpp"]},
+    package_data={"refbn_d2.evaluation": ["*.j2"], "refbn_d2.norms.kernels": ["*.cpp"]},
     python_requires=">=3.9",
     # detectron2 is not on PyPI under its own name; `import refbn_d2` says how to install it.
     install_requires=[

@@ -8,11 +8,12 @@ from typing import Callable, List, Optional
 
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
+from detectron2.utils.file_io import PathManager
 from fvcore.common.config import BASE_KEY
 from torch import nn
 
-from . import plain_yaml
 from .errors import UserError
+from .io import yaml as plain_yaml
 from .norms import BatchRenorm2d, RefBatchNorm2d
 
 __all__ = ["add_refbn_config", "apply_norm_config", "load_config"]
@@ -119,7 +120,7 @@ def _check_files(path: str) -> None:
 
 
 def _check_file(path: str) -> None:
-    content = plain_yaml.read(path)
+    content = plain_yaml.read(PathManager.get_local_path(path))
     if not isinstance(content, dict):
         raise UserError(f"{path}: is no config, but a {type(content).__name__}")
     bases = content.get(BASE_KEY, "")

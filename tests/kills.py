@@ -24,7 +24,7 @@ from torch import multiprocessing as mp
 from torch.utils.data._utils import worker
 
 from refbn_d2.engine import Trainer, train_command
-from refbn_d2.files import PARTIAL
+from refbn_d2.io.atomic import PARTIAL
 
 # Checkpoints, evaluations and lines of metrics.json: at different iterations, and all at 11.
 RUN = {"SOLVER__MAX_ITER": 14, "SOLVER__CHECKPOINT_PERIOD": 4, "TEST__EVAL_PERIOD": 6}

@@ -1,12 +1,7 @@
 #!/usr/bin/env python3
-"""Trains or evaluates a detector; the command line is detectron2's own.
+"""Trains or evaluates a detector; the command line is detectron2's own."""
 
-    tools/train_net.py --config-file FILE --num-gpus 8 [--resume] [--eval-only] [KEY VALUE ...]
-
-Without a GPU: --num-gpus 0 MODEL.DEVICE cpu
-"""
-
-from refbn_d2.engine import Trainer, train_command
+from refbn_d2.commands.train import main
 
 if __name__ == "__main__":
-    train_command(Trainer, __doc__)
+    main()

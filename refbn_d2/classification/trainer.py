@@ -10,10 +10,10 @@ from detectron2.engine.hooks import EvalHook
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, default_collate
 
+from ..data import crops, image_folder, mnist
 from ..data.errors import dataset_errors, naming_the_file
 from ..engine import Trainer
 from ..errors import UserError
-from . import crops, image_folder, mnist
 from .checkpoint import ClassifierCheckpointer
 from .evaluator import ClassificationEvaluator
 from .hooks import TrainingProgress

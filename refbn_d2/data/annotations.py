@@ -1,116 +1,13 @@
-"""What boxes and masks in COCO format may be; the libraries that read them do not ask.
+"""Data sets in detectron2's standard format whose annotations training cannot use."""
 
-pycocotools allocates as many points as an outline is long and writes past the end of a mask whose
-runs do not add up; detectron2 drops polygons that it cannot use; a NaN ends a training run hours
-after the file was read.
-"""
+from typing import Any, Dict, Iterable
 
-import sys
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
-
-import numpy as np
 from detectron2.structures import BoxMode
 
 from ..errors import UserError
-from .rle import rle_problem
+from ..io.coco import box_problem, is_int, masks_problem
 
-__all__ = ["box_problem", "check_dicts", "is_int", "is_number", "masks_problem"]
-
-# Pixels along the outline of one polygon. pycocotools takes 40 bytes for each.
-_MAX_OUTLINE = 10_000_000
-
-
-def is_int(value: Any) -> bool:
-    """Whether ``value`` is an integer, and no boolean."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: Any) -> bool:
-    """Whether ``value`` is a finite number, and no boolean."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return False
-    return abs(value) <= sys.float_info.max
-
-
-def box_problem(box: Any) -> str:
-    """Why ``box`` is no [x, y, width, height] in pixels, or ''.
-
-    x and y may be negative: a box may reach over the image's edge, and COCO evaluates it so.
-    """
-    if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
-        return f"bbox {_short(box)} is not four finite numbers"
-    if box[2] < 0 or box[3] < 0:
-        return f"bbox {box} has a negative width or height"
-    return ""
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def masks_problem(
-    masks: Sequence[Any], sizes: Sequence[Tuple[int, int]]
-) -> Optional[Tuple[int, str]]:
-    """The first mask that does not fit its image.
-
-    Args:
-        masks: polygons, [[x, y, x, y, ...], ...] in pixels, or RLE, {"size": [h, w], "counts": ...}
-            with compressed text or bytes, or a list of runs.
-        sizes: (height, width) of the image of each, in pixels.
-
-    Returns:
-        (index, sentence), or None if every mask is sound.
-    """
-    compressed = []
-    for n, (mask, size) in enumerate(zip(masks, sizes)):
-        problem = _polygons_problem(mask) if isinstance(mask, list) else _runs_problem(mask, size)
-        if problem:
-            return n, problem
-        if isinstance(mask, dict) and not isinstance(mask["counts"], list):
-            compressed.append(n)
-    counts = [masks[n]["counts"] for n in compressed]
-    texts = [c.decode("latin1") if isinstance(c, bytes) else c for c in counts]
-    found = rle_problem(texts, [sizes[n] for n in compressed])
-    return found and (compressed[found[0]], found[1])
-
-
-def _polygons_problem(polygons: List[Any]) -> str:
-    for polygon in polygons:
-        if not isinstance(polygon, list):
-            return f"segmentation {_short(polygons)} is not a list of polygons"
-        if len(polygon) < 4 or len(polygon) % 2:  # two points are a box, says COCO
-            return f"polygon {_short(polygon)} is not x, y, x, y, ..."
-        try:
-            total, extent = float(sum(polygon)), float(max(polygon) - min(polygon))
-        except (TypeError, OverflowError):
-            total = None
-        if not is_number(total):
-            return f"polygon {_short(polygon)} is not all finite numbers"
-        # Cheap, and enough for nearly all.
-        if len(polygon) * extent > _MAX_OUTLINE and _outline(polygon) > _MAX_OUTLINE:
-            return f"polygon {_short(polygon)} is longer than any outline"
-    return ""
-
-
-def _outline(polygon: List[float]) -> float:
-    steps = np.diff(np.array(polygon, dtype=float).reshape(-1, 2), axis=0)
-    return float(np.abs(steps).max(axis=1).sum())
-
-
-def _runs_problem(mask: Any, size: Tuple[int, int]) -> str:
-    if not isinstance(mask, dict) or not isinstance(mask.get("counts"), (str, bytes, list)):
-        return (
-            f"segmentation {_short(mask)} is neither a list of polygons nor "
-            '{"size": [h, w], "counts": ...}'
-        )
-    if mask.get("size") != list(size):
-        return f"RLE of size {_short(mask.get('size'))}, its image is {list(size)}"
-    runs = mask["counts"]
-    if isinstance(runs, list):
-        if not all(is_int(r) and r >= 0 for r in runs) or sum(runs) != size[0] * size[1]:
-            return f"RLE counts {_short(runs)} do not add up to the image's {size[0] * size[1]}"
-    return ""
+__all__ = ["check_dicts"]
 
 
 def check_dicts(dicts: Iterable[Dict[str, Any]], where: str) -> None:

@@ -13,14 +13,12 @@ from detectron2.utils import comm
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..errors import UserError
-from ..files import PARTIAL, atomic_save, atomic_write
-from . import safe_pickle
+from ..io.atomic import PARTIAL, atomic_write
+from ..weights import safe_pickle
+from ..weights.files import atomic_save
+from ..weights.folded import FOLDED_VAR
 
-__all__ = ["FOLDED_VAR", "Checkpointer"]
-
-# The running variance, beside a mean of 0, of a norm that was folded into x * weight + bias: eps of
-# BatchNorm and of detectron2's FrozenBatchNorm2d makes it 1.
-FOLDED_VAR = torch.ones(()) - 1e-5
+__all__ = ["Checkpointer"]
 
 _CHECKPOINT = re.compile(r"model_(\d{7,}|final)\.pth")
 _RESNET_WEIGHT = re.compile(r"res\d\.\d+\.(conv\d|shortcut)(\.norm)?\.weight$")

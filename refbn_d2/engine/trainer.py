@@ -28,7 +28,6 @@ from detectron2.utils.events import JSONWriter
 from detectron2.utils.logger import setup_logger
 from torch.utils.data import Dataset, RandomSampler, Sampler
 
-from .. import plain_yaml
 from ..config import apply_norm_config, load_config
 from ..data.annotations import check_dicts
 from ..data.errors import annotation_files, dataset_errors, naming_the_file
@@ -36,13 +35,14 @@ from ..data.grouped_sampler import GroupedTrainingSampler, image_groups
 from ..data.loader import TrainLoader
 from ..errors import UserError
 from ..evaluation.coco_evaluator import FastCOCOEvaluator
-from ..reference import reference_layers
+from ..io import yaml as plain_yaml
 from ..rng import forked_rng
+from ..statistics.inference import recompute_statistics
+from ..statistics.reference import reference_layers
 from .checkpoint import Checkpointer
-from .hooks import EvalHook, ExactResume, ProgressBar, ReferenceHook
+from .hooks import EvalHook, ExactResume, ProgressBar, ReferenceHook, StatisticsHook
 from .metrics import MetricsWriter
 from .signals import StopOnSignal
-from .statistics import StatisticsHook, recompute_statistics
 
 __all__ = ["Trainer", "setup"]
 

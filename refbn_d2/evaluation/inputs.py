@@ -4,16 +4,16 @@ pycocotools and hotcoco evaluate nonsense without a word (an unknown image is dr
 another size is compared all the same), so every entry is checked here, before any AP exists.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
 
 import hotcoco
 
-from ..data.annotations import box_problem, is_int, is_number, masks_problem
-from ..data.rle import rle_problem
 from ..errors import UserError
+from ..io.coco import box_problem, is_int, is_number, masks_problem
+from ..io.json import read_json
+from ..io.rle import rle_problem
 
 __all__ = [
     "IOU_TYPES",
@@ -21,7 +21,6 @@ __all__ = [
     "check_ground_truth",
     "load_ground_truth",
     "load_results",
-    "read_json",
 ]
 
 IOU_TYPES = ("bbox", "segm")
@@ -44,22 +43,6 @@ class GroundTruth:
     coco: hotcoco.COCO
     sizes: Dict[int, Tuple[int, int]]
     categories: Dict[int, str]
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; UserError if there is none."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError) as e:  # not UTF-8, or no possible name
-        raise UserError(f"{path}: cannot be read ({e})") from None
-    if not text.strip():
-        raise UserError(f"{path}: the file is empty")
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path}: not JSON, or cut off ({e})") from None
 
 
 def _by_id(path: Path, entries: Any, kind: str) -> Dict[int, Dict[str, Any]]:

@@ -11,8 +11,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from .. import plain_yaml
 from ..errors import UserError
+from ..io import yaml as plain_yaml
 from .plots import COLORS, LINES, MARKERS
 
 __all__ = ["ClassifierRun", "TEST", "TRAIN", "figure", "find_classifier_runs", "rows", "steps_to"]

@@ -6,9 +6,9 @@ from typing import Any, Dict, List, Sequence, Tuple
 
 import numpy as np
 
+from ..io.json import read_json
 from .ap import Evaluation
 from .comparison import Comparison, Group
-from .inputs import read_json
 
 __all__ = ["differing_images", "draw"]
 

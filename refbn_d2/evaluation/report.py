@@ -100,7 +100,7 @@ def write_report(comparison: Comparison, folder: Path, images: Optional[Path] = 
     Returns:
         the files.
     """
-    from .html import html  # imports matplotlib and detectron2
+    from .html import html
 
     texts = {
         "report.json": json.dumps(as_json(comparison), indent=1, allow_nan=False) + "\n",

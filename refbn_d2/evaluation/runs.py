@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
-from ..data.annotations import is_number
 from ..errors import UserError
-from .inputs import read_json
+from ..io.coco import is_number
+from ..io.json import read_json
 
 __all__ = ["Run", "common_ground_truth", "find_runs", "named_results", "training_log"]
 

@@ -1,12 +1,14 @@
 """The norms, in pure PyTorch: usable with torchvision or timm models, without detectron2."""
 
 from .batch_renorm import BatchRenorm2d
-from .capture import Moments, capture
+from .capture import capture
 from .convert import convert_norm
 from .fold import fold_norms
 from .functional import batch_moments, ref_batch_norm
 from .instance_norm import InstanceNorm2d
-from .ref_batch_norm import RefBatchNorm2d, ReferenceNorm2d
+from .moments import Moments
+from .ref_batch_norm import RefBatchNorm2d
+from .reference_norm import ReferenceNorm2d
 from .switchable_norm import SwitchableNorm2d
 from .sync_ref_batch_norm import SyncRefBatchNorm2d
 from .virtual_batch_norm import VirtualBatchNorm2d

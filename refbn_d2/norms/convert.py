@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .batch_renorm import BatchRenorm2d
-from .ref_batch_norm import RefBatchNorm2d, ReferenceNorm2d
+from .ref_batch_norm import RefBatchNorm2d
+from .reference_norm import ReferenceNorm2d
 from .sync_ref_batch_norm import SyncRefBatchNorm2d
 from .virtual_batch_norm import VirtualBatchNorm2d
 

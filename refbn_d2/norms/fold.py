@@ -8,7 +8,7 @@ from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .convert import CONVERTIBLE
-from .ref_batch_norm import ReferenceNorm2d
+from .reference_norm import ReferenceNorm2d
 
 __all__ = ["fold_norms"]
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import cpu_kernels, cuda_kernels, native_kernels, plain_kernels
-from .plain_kernels import per_channel, statistics_dtype
+from .kernels import cpu_aten, cpu_cpp, cuda_aten, formulas
+from .kernels.formulas import per_channel, statistics_dtype
 
 __all__ = [
     "BatchStatistics",
@@ -39,21 +39,21 @@ class BatchStatistics(NamedTuple):
 
 
 def _kernels(x: Tensor) -> ModuleType:
-    """The kernels for x; plain_kernels says what they are."""
+    """The kernels for x; formulas says what they are."""
     if torch.compiler.is_compiling():
-        return plain_kernels
+        return formulas
     if x.is_cpu:
-        return native_kernels if native_kernels.available_for(x) else cpu_kernels
+        return cpu_cpp if cpu_cpp.available_for(x) else cpu_aten
     if x.is_cuda:
         if os.getenv("REFBN_TRITON") == "1":  # opt-in: nobody has measured it yet
             try:
-                from . import triton_kernels
+                from .kernels import cuda_triton
 
-                return triton_kernels
+                return cuda_triton
             except ImportError:
                 pass
-        return cuda_kernels
-    return plain_kernels
+        return cuda_aten
+    return formulas
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class _MixedNorm(torch.autograd.Function):
         lambda1 = pseudo_count / (samples + pseudo_count)  # eq. 13
         lambda2 = 1.0 - lambda1  # eq. 14
         reference, affine, kernels = (ref_mean, ref_var), (weight, bias), _kernels(x)
-        if batch is None and kernels is native_kernels:
+        if batch is None and kernels is cpu_cpp:
             results = kernels.forward(x, *reference, *affine, lambda1, eps)
         else:
             if batch is None:
@@ -139,7 +139,7 @@ class _MixedNorm(torch.autograd.Function):
         x, weight, batch_mean, mean, invstd = ctx.saved_tensors
         kernels = ctx.kernels
         g = torch.zeros_like(x) if g is None else _like(g, x)
-        if kernels is native_kernels and ctx.all_reduce is None and ctx.needs_input_grad[0]:
+        if kernels is cpu_cpp and ctx.all_reduce is None and ctx.needs_input_grad[0]:
             vectors = weight, batch_mean, mean, invstd
             grad_x, sum_g, sum_g_xhat = kernels.backward(g, x, *vectors, ctx.share)
         else:
@@ -153,7 +153,7 @@ class _MixedNorm(torch.autograd.Function):
 
 
 def _forward_by_pieces(kernels, x, batch, ref_mean, ref_var, weight, bias, lambda1, eps):
-    """What native_kernels.forward does, of a batch of which x may be a part."""
+    """What cpu_cpp.forward does, of a batch of which x may be a part."""
     # Kernels want the per-channel vectors in one dtype, x may be narrower.
     dtype = batch.mean.dtype
     weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
@@ -171,7 +171,7 @@ def _forward_by_pieces(kernels, x, batch, ref_mean, ref_var, weight, bias, lambd
 
 
 def _backward_by_pieces(ctx, g):
-    """What native_kernels.backward does, of a batch of which x may be a part."""
+    """What cpu_cpp.backward does, of a batch of which x may be a part."""
     kernels = ctx.kernels
     x, weight, batch_mean, mean, invstd = ctx.saved_tensors
     empty = x.numel() == 0

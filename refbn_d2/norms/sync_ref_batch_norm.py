@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from .capture import Moments
 from .functional import BatchStatistics, mixed_norm, statistics_dtype
+from .moments import Moments
 from .ref_batch_norm import RefBatchNorm2d
 from .running import update_running_stats
 

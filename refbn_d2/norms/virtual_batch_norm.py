@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .functional import sample_norm, statistics_dtype
-from .ref_batch_norm import ReferenceNorm2d
+from .reference_norm import ReferenceNorm2d
 from .running import update_running_stats
 
 __all__ = ["VirtualBatchNorm2d"]

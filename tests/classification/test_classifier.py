@@ -11,7 +11,7 @@ from refbn_d2 import capture_reference
 from refbn_d2.classification import TorchvisionClassifier
 from refbn_d2.classification.classifier import collate, right
 from refbn_d2.config import load_config
-from refbn_d2.reference import reference_layers
+from refbn_d2.statistics.reference import reference_layers
 
 
 def _model(**changes) -> TorchvisionClassifier:

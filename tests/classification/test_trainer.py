@@ -8,11 +8,10 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from refbn_d2.classification import ClassificationTrainer
-from refbn_d2.classification.image_folder import register_image_folders
 from refbn_d2.config import load_config
+from refbn_d2.data.image_folder import register_image_folders
 from refbn_d2.errors import UserError
-
-from .samples import write_image_folders, write_mnist
+from tests.classification.samples import write_image_folders, write_mnist
 
 LENET = tiny.ROOT / "configs/MNIST/lenet5_refbn.yaml"
 

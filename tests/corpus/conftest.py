@@ -1,6 +1,6 @@
 """Says at the end of a run how many bad files there were."""
 
-from .harness import COUNT
+from tests.corpus.harness import COUNT
 
 
 def pytest_terminal_summary(terminalreporter):

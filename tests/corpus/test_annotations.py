@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from refbn_d2.config import load_config
 from refbn_d2.engine import Trainer
-
-from .harness import feed
+from tests.corpus.harness import feed
 
 NAN, INF = math.nan, math.inf
 DROP = object()

@@ -15,11 +15,11 @@ import pytest
 import tiny
 import torch
 
-from refbn_d2.classification.convert import convert
 from refbn_d2.config import load_config
-from refbn_d2.engine import Trainer, safe_pickle
-
-from .harness import feed, feed_damaged
+from refbn_d2.engine import Trainer
+from refbn_d2.weights import safe_pickle
+from refbn_d2.weights.convert import convert
+from tests.corpus.harness import feed, feed_damaged
 
 
 class Calls:

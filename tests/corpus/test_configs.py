@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refbn_d2.config import load_config
-from refbn_d2.engine.matrix import load_matrix
-
-from .harness import feed
+from refbn_d2.experiments.matrix import load_matrix
+from tests.corpus.harness import feed
 
 # Makes the folder "ran" where it is run, whatever way it takes.
 EVIL = [

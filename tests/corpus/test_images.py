@@ -10,9 +10,8 @@ import pytest
 from PIL import Image
 
 from refbn_d2.data.errors import naming_the_file
-
-from .harness import feed, feed_damaged
-from .test_annotations import cfg, content, feed_text, folder  # noqa: F401  (fixtures)
+from tests.corpus.harness import feed, feed_damaged
+from tests.corpus.test_annotations import cfg, content, feed_text, folder  # noqa: F401  (fixtures)
 
 SIZE = (64, 80)  # height, width of the image that is replaced
 NAME = "000000000001.jpg"

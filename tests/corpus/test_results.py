@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from refbn_d2.evaluation.comparison import compare
 from refbn_d2.evaluation.report import as_json, check_output, write_report
 from refbn_d2.evaluation.runs import common_ground_truth, find_runs, named_results, training_log
+from tests.corpus.harness import feed
+from tests.corpus.test_annotations import DROP, anything, changed
 from tests.evaluation import generated
-
-from .harness import feed
-from .test_annotations import DROP, anything, changed
 
 NAN, INF = math.nan, math.inf
 G, R, T = "segmentation", "counts", "bbox"

@@ -6,8 +6,9 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.structures import BoxMode
 from pycocotools import mask as mask_util
 
-from refbn_d2.data.annotations import box_problem, check_dicts, is_int, is_number, masks_problem
+from refbn_d2.data.annotations import check_dicts
 from refbn_d2.errors import UserError
+from refbn_d2.io.coco import box_problem, is_int, is_number, masks_problem
 
 SIZE = (40, 50)
 MASK = np.zeros(SIZE, dtype="uint8", order="F")

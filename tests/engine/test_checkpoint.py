@@ -9,12 +9,12 @@ import pytest
 import tiny
 import torch
 
-from refbn_d2.classification.convert import freeze
 from refbn_d2.config import load_config
 from refbn_d2.engine import Trainer
 from refbn_d2.engine.checkpoint import Checkpointer
 from refbn_d2.errors import UserError
-from refbn_d2.files import PARTIAL
+from refbn_d2.io.atomic import PARTIAL
+from refbn_d2.weights.convert import freeze
 
 
 def _model(*options, **changes):

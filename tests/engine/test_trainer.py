@@ -17,7 +17,7 @@ from refbn_d2.engine import Trainer
 from refbn_d2.engine.hooks import EvalHook, ExactResume, ReferenceHook
 from refbn_d2.engine.trainer import _check_resumable
 from refbn_d2.errors import UserError
-from refbn_d2.reference import reference_layers
+from refbn_d2.statistics.reference import reference_layers
 
 
 def _config(**changes):

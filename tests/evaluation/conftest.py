@@ -5,8 +5,7 @@ import json
 import pytest
 
 from refbn_d2.evaluation.inputs import load_ground_truth
-
-from . import generated
+from tests.evaluation import generated
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,7 @@ from pycocotools.coco import COCO
 from refbn_d2.evaluation.ap import METRICS, evaluate
 from refbn_d2.evaluation.coco_evaluator import _HotCOCOeval
 from refbn_d2.evaluation.inputs import load_ground_truth, load_results
-
-from . import generated
+from tests.evaluation import generated
 
 IOU_TYPES = ("bbox", "segm")
 

@@ -10,8 +10,7 @@ from pycocotools import mask as mask_util
 
 from refbn_d2.errors import UserError
 from refbn_d2.evaluation.coco_evaluator import FastCOCOEvaluator
-
-from . import generated
+from tests.evaluation import generated
 
 
 @pytest.fixture(scope="module")

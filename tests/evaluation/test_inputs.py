@@ -6,8 +6,7 @@ import pytest
 
 from refbn_d2.errors import UserError
 from refbn_d2.evaluation.inputs import load_ground_truth, load_results
-
-from . import generated
+from tests.evaluation import generated
 
 IOU_TYPES = ("bbox", "segm")
 NAN, INF = float("nan"), float("inf")

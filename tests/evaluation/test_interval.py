@@ -9,8 +9,7 @@ from refbn_d2.errors import UserError
 from refbn_d2.evaluation.ap import METRICS, evaluate
 from refbn_d2.evaluation.inputs import load_ground_truth
 from refbn_d2.evaluation.interval import difference, half_samples, holm, seeds_needed
-
-from . import generated
+from tests.evaluation import generated
 
 
 def duplicated(content, results, draw):

@@ -13,8 +13,7 @@ import pytest
 from refbn_d2.evaluation.comparison import compare
 from refbn_d2.evaluation.report import write_report
 from refbn_d2.evaluation.runs import named_results
-
-from . import generated
+from tests.evaluation import generated
 
 ROOT = Path(__file__).parents[2]
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")

@@ -1,0 +1,133 @@
+#!/usr/bin/env python3
+"""Generates a case of the size of COCO val2017 (5,000 images, 80 categories, boxes and masks),
+compares its AP with pycocotools, and measures a report of two models with 1,000 resamples."""
+
+import argparse
+import contextlib
+import io
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from pycocotools import mask as mask_util
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+HEIGHT, WIDTH, IMAGES, CATEGORIES, OBJECTS = 480, 640, 5000, 80, 36_000
+FALSE_PER_IMAGE = 12
+
+
+def rle(box, wobble) -> dict:
+    """An octagon within the box, its corners moved by ``wobble`` (8,), as RLE."""
+    x, y, w, h = box
+    angle = np.arange(8) * np.pi / 4
+    radius = 0.5 * np.clip(1 + wobble, 0.3, 1)
+    outline = np.stack(
+        [x + w * (0.5 + radius * np.cos(angle)), y + h * (0.5 + radius * np.sin(angle))]
+    )
+    mask = mask_util.frPyObjects([outline.T.ravel().tolist()], HEIGHT, WIDTH)[0]
+    return {"size": mask["size"], "counts": mask["counts"].decode()}
+
+
+def boxes(rng, count) -> np.ndarray:
+    size = np.exp(rng.uniform(np.log(8), np.log(300), (count, 2)))
+    corner = rng.uniform(0, 1, (count, 2)) * (np.array([WIDTH, HEIGHT]) - size)
+    return np.hstack([corner, size]).round(2)
+
+
+def ground_truth(rng) -> dict:
+    annotations = []
+    for n, box in enumerate(boxes(rng, OBJECTS)):
+        mask = rle(box, rng.normal(0, 0.15, 8))
+        annotations.append(
+            {
+                "id": n + 1,
+                "image_id": int(rng.integers(1, IMAGES + 1)),
+                "category_id": int(rng.integers(1, CATEGORIES + 1)),
+                "bbox": box.tolist(),
+                "area": float(mask_util.area(mask)),
+                "iscrowd": int(rng.random() < 0.01),
+                "segmentation": mask,
+            }
+        )
+    return {
+        "images": [{"id": n + 1, "height": HEIGHT, "width": WIDTH} for n in range(IMAGES)],
+        "annotations": annotations,
+        "categories": [{"id": n + 1, "name": f"kind {n + 1}"} for n in range(CATEGORIES)],
+    }
+
+
+def detections(rng, truth, found) -> list:
+    results = []
+
+    def add(image, category, box, score):
+        entry = {"image_id": image, "category_id": category, "bbox": box.round(2).tolist()}
+        mask = rle(box, rng.normal(0, 0.15, 8))
+        results.append({**entry, "score": round(float(score), 4), "segmentation": mask})
+
+    for a in truth["annotations"]:
+        if rng.random() < found:
+            box = np.array(a["bbox"])
+            box += rng.normal(0, 0.07, 4) * np.tile(box[2:], 2)
+            box[2:] = np.maximum(box[2:], 2)
+            add(a["image_id"], a["category_id"], box, rng.beta(4, 2))
+    for box in boxes(rng, FALSE_PER_IMAGE * IMAGES):
+        image, category = rng.integers(1, IMAGES + 1), rng.integers(1, CATEGORIES + 1)
+        add(int(image), int(category), box, rng.beta(2, 4))
+    return results
+
+
+def pycocotools_ap(truth_file: Path, results: list, iou_type: str) -> np.ndarray:
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(truth_file))
+        if iou_type == "segm":
+            results = [{k: v for k, v in r.items() if k != "bbox"} for r in results]
+        scorer = COCOeval(truth, truth.loadRes(results), iou_type)
+        scorer.evaluate()
+        scorer.accumulate()
+        scorer.summarize()
+    return 100 * scorer.stats[:6]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("output/val_size"))
+    folder = parser.parse_args().output
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    truth = ground_truth(rng)
+    (folder / "gt.json").write_text(json.dumps(truth))
+    models = {"BN": detections(rng, truth, 0.70), "RefBN": detections(rng, truth, 0.72)}
+    for name, results in models.items():
+        (folder / f"{name}.json").write_text(json.dumps(results))
+    print(f"{OBJECTS} objects, {[len(r) for r in models.values()]} detections")
+
+    command = [sys.executable, str(Path(__file__).parents[1] / "tools/compare.py"), "report"]
+    command += ["--gt", str(folder / "gt.json"), "--results"]
+    command += [f"{name}={folder / name}.json" for name in models]
+    command += ["--iou-type", "bbox", "segm", "--baseline", "BN", "--resamples", "1000"]
+    command += ["--seed", "0", "--output", str(folder)]
+    begin = time.time()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    seconds = time.time() - begin
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    print(f"report of two models, 1,000 resamples: {seconds:.0f} s, peak memory {peak:.2f} GB")
+
+    report = json.loads((folder / "report.json").read_text())
+    for iou_type in ("bbox", "segm"):
+        begin = time.time()
+        expected = pycocotools_ap(folder / "gt.json", models["BN"], iou_type)
+        ours = np.array(list(report["runs"]["BN"][iou_type].values()))
+        print(
+            f"{iou_type}: AP {ours[0]:.4f}, largest difference from pycocotools "
+            f"{np.abs(ours - expected).max():.1e} of six numbers; "
+            f"pycocotools took {time.time() - begin:.0f} s"
+        )
+
+
+if __name__ == "__main__":
+    main()

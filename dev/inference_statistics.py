@@ -1,0 +1,76 @@
+#!/usr/bin/env python3
+"""Which statistics should inference use? Evaluates finished runs with recomputed ones.
+
+    dev/inference_statistics.py output/study --name RefBN --output output/statistics
+
+Each run of that name is evaluated three times: as trained (moving averages of the mixed
+statistics), with mixed statistics recomputed from training batches (Algorithm 3), and with plain
+batch statistics. The results are run folders for `tools/compare.py report --runs`.
+"""
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+
+from detectron2.utils.logger import setup_logger
+from tqdm import tqdm
+
+from refbn_d2.config import load_config
+from refbn_d2.engine import Trainer
+from refbn_d2.errors import UserError, one_line_errors
+from refbn_d2.io.json import read_json
+from refbn_d2.statistics.inference import recompute_statistics
+
+KINDS = {"as trained": None, "mixed, recomputed": False, "plain, recomputed": True}
+
+
+def evaluate(run: Path, target: Path, plain, num_batches: int, device: str) -> None:
+    opts = ["OUTPUT_DIR", str(target), "MODEL.DEVICE", device]
+    cfg = load_config(str(run / "config.yaml"), opts)
+    model = Trainer.build_model(cfg)
+    Trainer.build_checkpointer(cfg, model).load(str(run / "model_final.pth"))
+    if plain is not None:
+        recompute_statistics(model, Trainer.build_train_loader(cfg), num_batches, plain)
+    Trainer.test(cfg, model)
+
+
+@one_line_errors
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", type=Path, help="a folder below which there are run folders")
+    parser.add_argument("--name", default="RefBN", help="of the runs to evaluate")
+    parser.add_argument("--num-batches", type=int, default=100, help="to recompute from")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the new run folders")
+    args = parser.parse_args()
+    setup_logger(str(args.output / "log.txt"), name="detectron2", abbrev_name="d2")
+    found = {f.parent: read_json(f) for f in sorted(args.runs.rglob("run.json"))}
+    runs = {
+        folder: record
+        for folder, record in found.items()
+        if isinstance(record, dict)
+        and record.get("name") == args.name
+        and record.get("status") == "finished"
+    }
+    if not runs:
+        raise UserError(f"{args.runs}: no finished run named {args.name!r} below it")
+    jobs = [(folder, record, kind) for folder, record in runs.items() for kind in KINDS]
+    for folder, record, kind in tqdm(jobs, disable=None):
+        label = kind.replace(", ", "_").replace(" ", "_")
+        target = args.output / label / folder.relative_to(args.runs)
+        if (target / "run.json").exists():
+            continue
+        partial = target.with_name(target.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        evaluate(folder, partial, KINDS[kind], args.num_batches, args.device)
+        name = f"{args.name}, {kind}"
+        (partial / "run.json").write_text(json.dumps({**record, "name": name}, indent=1))
+        os.replace(partial, target)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What norms cost: time, memory, communication."""

@@ -1,0 +1,15 @@
+"""Trains or evaluates an image classifier; the command line is detectron2's own.
+
+    tools/train_classifier.py --config-file FILE --num-gpus 8 [--resume] [--eval-only] [KEY VALUE]
+
+Without a GPU: --num-gpus 0 MODEL.DEVICE cpu
+"""
+
+from ..classification import ClassificationTrainer
+from ..engine import train_command
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    train_command(ClassificationTrainer, __doc__)

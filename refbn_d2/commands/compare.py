@@ -1,0 +1,103 @@
+"""Does the norm really help? Compares detectors that differ in their norm.
+
+run      trains the cells of a matrix file: norms x seeds x images per batch x grouping
+report   from run folders, or from COCO results files: report.json, report.md, report.html
+"""
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..errors import UserError, one_line_errors
+from ..evaluation.inputs import IOU_TYPES
+
+
+def add_run(commands) -> None:
+    parser = commands.add_parser("run", help="train and evaluate what a matrix file lists")
+    parser.add_argument("matrix", help="YAML; see configs/Matrix/quickstart.yaml")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the run folders")
+    parser.add_argument("--num-gpus", type=int, default=0, help="of each run; 0 for the CPU")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, sharing the cores")
+    parser.set_defaults(function=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..experiments.matrix import load_matrix
+    from ..experiments.runner import run_matrix
+
+    if args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs}: use at least 1")
+    records = run_matrix(load_matrix(args.matrix), args.output, args.num_gpus, args.jobs)
+    failed = sum(record["status"] != "finished" for record in records)
+    if failed:
+        raise UserError(f"{failed} of {len(records)} runs did not finish; see above")
+
+
+def add_report(commands) -> None:
+    parser = commands.add_parser("report", help="AP tables, differences and intervals")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--results",
+        nargs="+",
+        metavar="NAME=A.json[,B.json]",
+        help="COCO results of each norm; several files are seeds",
+    )
+    source.add_argument("--runs", type=Path, help="a folder below which there are run folders")
+    parser.add_argument("--gt", type=Path, help="COCO ground truth; with --results")
+    parser.add_argument("--iou-type", nargs="+", choices=IOU_TYPES, default=list(IOU_TYPES))
+    parser.add_argument("--baseline", metavar="NAME", help="default: the first name")
+    parser.add_argument("--resamples", type=int, default=1000, help="of the images")
+    parser.add_argument("--seed", type=int, default=0, help="of the resamples")
+    parser.add_argument("--images", type=Path, help="folder of the images, to draw some of them")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the report")
+    parser.set_defaults(function=report)
+
+
+def report(args: argparse.Namespace) -> None:
+    from ..evaluation.comparison import compare
+    from ..evaluation.markdown import markdown
+    from ..evaluation.report import check_output, write_report
+    from ..evaluation.runs import common_ground_truth, find_runs, named_results
+
+    check_output(args.output)
+    if args.images and not args.images.is_dir():
+        raise UserError(f"--images {args.images}: no such folder")
+    if args.results and not args.gt:
+        raise UserError("--results needs --gt, the ground truth that they were made for")
+    runs = named_results(args.results) if args.results else find_runs(args.runs)
+    gt = args.gt or common_ground_truth(runs)
+    iou_types = [t for t in IOU_TYPES if t in args.iou_type]
+    total = sum(not run.error for run in runs) * len(iou_types)
+    console = Console(stderr=True)
+    fields = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    # Into a log file it would only write blank lines.
+    quiet = not console.is_terminal
+    with Progress(
+        *fields, TimeRemainingColumn(), console=console, transient=True, disable=quiet
+    ) as progress:
+        task = progress.add_task("reading", total=total)
+
+        def advance(what: str) -> None:
+            progress.update(task, description=what, advance=1)
+
+        comparison = compare(runs, gt, iou_types, args.baseline, args.resamples, args.seed, advance)
+        progress.update(task, description="writing")
+        files = write_report(comparison, args.output, args.images)
+    # The page begins with the verdicts and the table.
+    Console().print(Markdown(markdown(comparison).split("\n## ")[0]))
+    print("\n".join(map(str, files)))
+
+
+@one_line_errors
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+    add_run(commands)
+    add_report(commands)
+    args = parser.parse_args()
+    args.function(args)

@@ -1,0 +1,91 @@
+"""Turns a ResNet's weights into a file that a detector starts from (MODEL.WEIGHTS), or back.
+
+    tools/convert_backbone.py output/imagenet/refbn/model_final.pth backbone.pth
+    tools/convert_backbone.py resnet50.pth backbone.pth --frozen
+    tools/convert_backbone.py output/detector/model_final.pth resnet50.pth --to torchvision
+
+SRC is a checkpoint of tools/train_classifier.py or tools/train_net.py, a state dict of a ResNet of
+torchvision or timm (.pth or .safetensors), or a detectron2 backbone (.pth, .pkl or detectron2://).
+It is read without running code from it.
+"""
+
+import argparse
+from itertools import groupby
+
+import yaml
+
+from ..errors import UserError, one_line_errors
+from ..weights.convert import FORMATS, NORMS, Conversion, convert
+
+
+def matched(conversion: Conversion) -> str:
+    """A line a stage: its first weight in either file and how many tensors it has."""
+    # "res2.0.conv1.weight" or "layer1.0.conv1.weight": the stage is the first part.
+    groups = groupby(conversion.names.items(), lambda pair: pair[1].split(".")[0])
+    rows = [list(group) for _, group in groups]
+    width = max(len(row[0][0]) for row in rows)
+    target_width = max(len(row[0][1]) for row in rows)
+    lines = [
+        f"  {row[0][0]:{width}}  ->  {row[0][1]:{target_width}}  {len(row):4} tensors"
+        for row in rows
+    ]
+    if conversion.left_out:
+        lines.append(f"  left out: {conversion.left_out} tensors")
+    return "\n".join(lines)
+
+
+def needed_config(config: dict) -> str:
+    """The YAML that a detector's config must have for the file."""
+    tree: dict = {}
+    for key, value in config.items():
+        *path, last = key.split(".")
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = value
+    text = yaml.safe_dump(tree, default_flow_style=None, sort_keys=False)
+    if "INPUT" not in tree:
+        text += (
+            "# PIXEL_MEAN, PIXEL_STD, INPUT.FORMAT and RESNETS.STRIDE_IN_1X1: as SRC was trained; "
+            "it does not say.\n"
+        )
+    return text
+
+
+@one_line_errors
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("src", metavar="SRC", help="weights to read")
+    parser.add_argument("dst", metavar="DST", help=".pth file to write")
+    parser.add_argument(
+        "--norm",
+        choices=NORMS,
+        help="what BN or RefBN becomes, the detector's MODEL.RESNETS.NORM; default: what it is. BN "
+        "drops RefBN's reference; FrozenBN is --frozen; any other norm is kept as it is",
+    )
+    parser.add_argument(
+        "--frozen",
+        action="store_true",
+        help="fold each norm's running statistics into an affine map, for FrozenBN",
+    )
+    parser.add_argument(
+        "--to",
+        choices=FORMATS,
+        default=FORMATS[0],
+        help="torchvision: write a state dict for torchvision's or timm's ResNet",
+    )
+    args = parser.parse_args()
+    if args.frozen and args.norm not in (None, "FrozenBN"):
+        raise UserError(f"--frozen with --norm {args.norm}: a frozen norm is FrozenBN; use one")
+    norm = "FrozenBN" if args.frozen else args.norm
+    conversion = convert(args.src, args.dst, norm, args.to)
+    print(f"{args.src} -> {args.dst}\n{matched(conversion)}")
+    print(f"norm: {conversion.norm or 'not BatchNorm; kept as it was'}")
+    if args.to == "detectron2":
+        print(
+            f"\nA detector that starts from it needs this in its config:\n\n"
+            f"{needed_config(conversion.config)}",
+            end="",
+        )

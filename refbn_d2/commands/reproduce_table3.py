@@ -1,0 +1,117 @@
+"""The paper's Table 3: pretrains, converts, trains detectors and writes the report.
+
+    tools/reproduce_table3.py --dry-run      what would be done, and about how long it takes
+    tools/reproduce_table3.py                8 GPUs, COCO and ImageNet below DETECTRON2_DATASETS
+    tools/reproduce_table3.py --miniature    every step in minutes on two CPU cores
+
+Protocol A freezes backbones that were pretrained with BN or RefBN; protocol B trains BN and RefBN
+in the detector. Interrupted, the same command goes on where it was. See docs/reproduce.md.
+"""
+
+import argparse
+import dataclasses
+from collections import defaultdict
+from pathlib import Path
+from typing import Dict, List
+
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.table import Table
+
+from .. import classification  # noqa: F401  (registers its data sets)
+from ..errors import UserError, one_line_errors
+from ..experiments.matrix import Cell, load_matrix
+from ..experiments.plan import check_data, steps
+from ..experiments.runner import run_matrix
+
+MATRICES = Path(__file__).resolve().parents[2] / "configs/Matrix"
+BASELINE = "BN"
+ESTIMATE = """\
+Estimated from what is published for ResNet-50 in large batches (NVIDIA's DeepLearningExamples) and
+Mask R-CNN R50-C4 with FrozenBN (detectron2's model zoo). Live norms and small batches take longer,
+newer GPUs less; evaluation comes on top. Nothing of this was measured here."""
+
+
+def show_plan(cells: List[Cell], output: Path, num_gpus: int) -> None:
+    """Prints the steps; how long they take only where the published numbers say something."""
+    plan = steps(cells, output)
+    table = Table("step", "images seen", "V100 hours", "folder", "", box=None)
+    for column in (1, 2):
+        table.columns[column].justify = "right"
+    for step in plan:
+        hours = f"{step.v100_hours:,.0f}" if num_gpus else "–"
+        done = "finished" if step.finished else ""
+        table.add_row(step.what, f"{step.images:,}", hours, str(step.folder), done)
+    table.add_row("report", "", "", str(output / "report"))
+    console = Console()
+    # A log or a pipe has no width, and a path cut in two is none.
+    console.width = max(console.width, 160)
+    console.print(table)
+    if num_gpus:
+        left = sum(step.v100_hours for step in plan if not step.finished)
+        print(f"\nTo do: {left:,.0f} V100 hours, or {left / num_gpus:,.0f} hours on {num_gpus}.")
+        print(ESTIMATE)
+
+
+def report(output: Path) -> List[Path]:
+    """Writes a report for each data set that the finished runs were evaluated on."""
+    from ..evaluation.comparison import compare
+    from ..evaluation.inputs import IOU_TYPES
+    from ..evaluation.markdown import markdown
+    from ..evaluation.report import write_report
+    from ..evaluation.runs import Run, find_runs
+
+    by_data: Dict[Path, List[Run]] = defaultdict(list)
+    for run in find_runs(output):
+        by_data[run.gt].append(run)
+    files = []
+    for gt, runs in by_data.items():
+        comparison = compare(runs, gt, IOU_TYPES, BASELINE, resamples=1000, seed=0)
+        files += write_report(comparison, output / "report" / gt.stem)
+        # The page begins with the verdicts and the table.
+        Console().print(Markdown(markdown(comparison).split("\n## ")[0]))
+    return files
+
+
+@one_line_errors
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--miniature", action="store_true", help="configs/Matrix/table3_miniature.yaml"
+    )
+    what.add_argument(
+        "--matrix", type=Path, default=MATRICES / "table3.yaml", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", help="instead of the matrix's: for more, or for a share"
+    )
+    parser.add_argument("--num-gpus", type=int, help="of each run; default 8, or 0 in miniature")
+    parser.add_argument(
+        "--jobs", type=int, help="runs at a time, without GPUs; default 1, or 2 in miniature"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="default output/table3, or output/table3_miniature"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="list the steps and stop")
+    args = parser.parse_args()
+
+    matrix = MATRICES / "table3_miniature.yaml" if args.miniature else args.matrix
+    num_gpus = args.num_gpus if args.num_gpus is not None else 0 if args.miniature else 8
+    jobs = args.jobs if args.jobs is not None else 2 if args.miniature else 1
+    output = args.output or Path("output", matrix.stem)
+    cells = load_matrix(str(matrix))
+    if args.seeds:
+        cells = list(
+            dict.fromkeys(dataclasses.replace(c, seed=s) for s in args.seeds for c in cells)
+        )
+    if args.dry_run:
+        return show_plan(cells, output, num_gpus)
+    check_data(cells)
+    records = run_matrix(cells, output, num_gpus, jobs)
+    print("\n".join(map(str, report(output))))
+    failed = sum(record["status"] != "finished" for record in records)
+    if failed:
+        raise UserError(f"{failed} of {len(records)} runs did not finish; see above")

@@ -1,0 +1,57 @@
+"""Single handwritten digits for the pretraining of the quick experiment, drawn as in its scenes."""
+
+from typing import Any, Dict, List
+
+import numpy as np
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from . import quick
+
+__all__ = ["CropMapper", "register"]
+
+CROP_SIZE = 64
+
+
+class CropMapper:
+    """Turns a sample of the digits into an image on a background, in a random pose.
+
+    In evaluation the pose is a function of the sample.
+    """
+
+    def __init__(self, is_train: bool):
+        self._is_train = is_train
+
+    def __call__(self, d: Dict[str, Any]) -> Dict[str, Any]:
+        # np.random is what detectron2's augmentations draw from and its workers seed.
+        rng = np.random.default_rng(
+            np.random.randint(2**31) if self._is_train else [0, d["image_id"]]
+        )
+        image = quick.background(rng, CROP_SIZE)
+        if rng.random() < 0.5:  # a neighbour, partly hidden, as in the scenes
+            corner = rng.choice([0.0, CROP_SIZE], 2)
+            quick.paste(image, d["stroke"][::-1], rng.uniform(28, 56), tuple(corner), 0.0)
+        size = rng.uniform(28, 72)
+        center = CROP_SIZE / 2 + rng.uniform(-6, 6, 2)
+        quick.paste(image, d["stroke"], size, tuple(center), rng.uniform(-12, 12))
+        pixels = torch.from_numpy(quick.light(image, str(rng.choice(list(quick.STYLES))))).expand(
+            3, -1, -1
+        )
+        return {"image": pixels, "label": d["label"], "image_id": d["image_id"]}
+
+
+def _load(split: str) -> List[Dict[str, Any]]:
+    strokes, labels = quick.digit_samples(split)
+    return [
+        {"image_id": k, "label": int(y), "stroke": s, "width": CROP_SIZE, "height": CROP_SIZE}
+        for k, (s, y) in enumerate(zip(strokes, labels))
+    ]
+
+
+def register() -> None:
+    """Registers quick_digits_crops_train and quick_digits_crops_val."""
+    for split in quick.SPLITS:
+        name = f"quick_digits_crops_{split}"
+        if name not in DatasetCatalog.list():
+            DatasetCatalog.register(name, lambda split=split: _load(split))
+            MetadataCatalog.get(name).set(evaluator_type="classification", mapper=CropMapper)

@@ -1,0 +1,9 @@
+"""Hooks of the training loop."""
+
+from .evaluation import EvalHook
+from .progress import ProgressBar
+from .reference import ReferenceHook
+from .resume import ExactResume
+from .statistics import StatisticsHook
+
+__all__ = ["EvalHook", "ExactResume", "ProgressBar", "ReferenceHook", "StatisticsHook"]

@@ -1,0 +1,73 @@
+"""Captures the reference before the first step."""
+
+import json
+import logging
+import os
+from typing import Any, Callable, Dict, List, Optional
+
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+
+from ...statistics.reference import capture_reference, reference_layers
+
+__all__ = ["ReferenceHook"]
+
+logger = logging.getLogger(__name__)
+
+
+class ReferenceHook(HookBase):
+    """Captures the reference before the first step, and again every ``refresh_period`` iterations.
+
+    A run that resumes has its reference from the checkpoint and keeps it.
+
+    Args:
+        load_batch: returns the reference batch, the same on every process and at every call.
+        seed: what it was drawn with; also seeds the sampling in the forward pass.
+        refresh_period: in iterations, 0 for never.
+        output_dir: where ``reference.json`` goes.
+    """
+
+    def __init__(
+        self,
+        load_batch: Callable[[], List[Dict[str, Any]]],
+        seed: int,
+        refresh_period: int,
+        output_dir: str,
+    ):
+        self._load_batch = load_batch
+        self._seed = seed
+        self._refresh_period = refresh_period
+        self._output_dir = output_dir
+        self._batch: Optional[List[Dict[str, Any]]] = None
+
+    def before_train(self):
+        if self.trainer.start_iter > 0:
+            held = [m.has_reference for m in reference_layers(self.trainer.model).values()]
+            logger.info("Kept the reference of %d of %d norms", sum(held), len(held))
+            return
+        self._capture()
+
+    def before_step(self):
+        if self._refresh_period > 0 and self.trainer.iter > 0:
+            if self.trainer.iter % self._refresh_period == 0:
+                self._capture()
+
+    def _capture(self):
+        batch = self._batch or self._load_batch()
+        layers = capture_reference(self.trainer.model, batch, self._seed)
+        if self._refresh_period > 0:
+            self._batch = batch
+        if self.trainer.iter > 0:
+            return
+        logger.info("Captured the reference of %d norms from %d images", len(layers), len(batch))
+        if comm.is_main_process():
+            record = {
+                "image_ids": [d["image_id"] for d in batch],
+                "m": len(batch),
+                "seed": self._seed,
+                "layers": layers,
+            }
+            PathManager.mkdirs(self._output_dir)
+            with PathManager.open(os.path.join(self._output_dir, "reference.json"), "w") as f:
+                json.dump(record, f, indent=1)

@@ -1,0 +1,1 @@
+"""Matrices of experiments: what to run, what it takes, running it."""

@@ -1,0 +1,226 @@
+"""A matrix of experiments: norms x seeds x images per batch x grouping of batches."""
+
+import hashlib
+import itertools
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+from ..config import load_config
+from ..errors import UserError
+from ..io import yaml as plain_yaml
+from ..io.coco import is_int, is_number
+
+__all__ = ["Cell", "load_matrix"]
+
+_KEYS = {"DETECTOR", "CLASSIFIER", "NORMS", "SEEDS", "IMS_PER_BATCH", "GROUPING_STRENGTH", "OPTS"}
+_KEYS |= {"CLASSIFIER_OPTS", "PROTOCOL"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run.
+
+    Attributes:
+        name: under which its results are reported.
+        norm: as in the names of the config files.
+        pretrained: the norm that the backbone was pretrained with.
+        seed: SEED of pretraining and training.
+        config: config file of the detector.
+        classifier: config file of the pretraining, or None to start from MODEL.WEIGHTS.
+        ims_per_batch: SOLVER.IMS_PER_BATCH, over all processes.
+        grouping: DATALOADER.GROUPING_STRENGTH, 0 for i.i.d. batches.
+        opts: further KEY VALUE pairs for the detector.
+        pretraining_opts: further KEY VALUE pairs for the pretraining.
+        protocol: how norms are compared, in words; runs are compared within one protocol. May be
+            empty.
+    """
+
+    name: str
+    norm: str
+    pretrained: str
+    seed: int
+    config: str
+    classifier: Optional[str]
+    ims_per_batch: int
+    grouping: float
+    opts: Tuple[str, ...]
+    pretraining_opts: Tuple[str, ...] = ()
+    protocol: str = ""
+
+    @property
+    def folder(self) -> Path:
+        """Below the output folder."""
+        condition = f"batch{self.ims_per_batch}_grouping{self.grouping:g}"
+        return Path(
+            _folder_name(self.protocol), _folder_name(self.name), condition, f"seed{self.seed}"
+        )
+
+    @property
+    def classifier_folder(self) -> Path:
+        return Path("pretraining", _folder_name(self.pretrained), f"seed{self.seed}")
+
+    def detector_opts(self) -> List[str]:
+        """KEY VALUE pairs for the detector's config.
+
+        Another batch size than the config's scales the learning rate in proportion and the schedule
+        inversely, as SOLVER.REFERENCE_WORLD_SIZE does: every run sees the same number of images.
+        """
+        cfg = load_config(self.config, list(self.opts))
+        solver = cfg.SOLVER
+        scale = self.ims_per_batch / solver.IMS_PER_BATCH
+        opts = ["SEED", self.seed, "SOLVER.IMS_PER_BATCH", self.ims_per_batch]
+        opts += ["SOLVER.BASE_LR", solver.BASE_LR * scale]
+        for key in ("MAX_ITER", "WARMUP_ITERS", "CHECKPOINT_PERIOD"):
+            opts += [f"SOLVER.{key}", max(1, round(solver[key] / scale))]
+        opts += ["TEST.EVAL_PERIOD", round(cfg.TEST.EVAL_PERIOD / scale)]
+        opts += ["SOLVER.STEPS", tuple(round(s / scale) for s in solver.STEPS)]
+        if self.grouping > 0:
+            opts += ["DATALOADER.SAMPLER_TRAIN", "GroupedTrainingSampler"]
+            opts += ["DATALOADER.GROUPING_STRENGTH", self.grouping]
+        return [*self.opts, *map(str, opts)]
+
+    @property
+    def pretraining(self) -> Tuple[Optional[str], ...]:
+        return (self.classifier, *self.pretraining_opts)
+
+    def classifier_opts(self) -> List[str]:
+        """KEY VALUE pairs for the classifier's config."""
+        return [*self.pretraining_opts, "SEED", str(self.seed)]
+
+    def settings(self) -> Dict[str, Optional[str]]:
+        """Hashes of what decides the result besides the code: both configs, bases included."""
+        pretraining = self.classifier and _fingerprint(self.classifier, self.classifier_opts())
+        return {
+            "detector": _fingerprint(self.config, self.detector_opts()),
+            "pretraining": pretraining,
+        }
+
+
+def _folder_name(name: str) -> str:
+    """A name as that of one folder, which lies in the folder that it is asked for in."""
+    return re.sub(r"[^\w.=-]+|^\.+", "_", name)
+
+
+def _fingerprint(config: str, opts: List[str]) -> str:
+    return hashlib.sha256(load_config(config, opts).dump().encode()).hexdigest()[:16]
+
+
+def load_matrix(path: str) -> List[Cell]:
+    """Reads a matrix file: the product of the axes below, or a list of such products.
+
+    Their keys, config paths relative to the file: DETECTOR and CLASSIFIER (optional), with {norm}
+    or {pretrained} in lower case; NORMS, a list of norm types or of {name, norm, pretrained, opts};
+    lists SEEDS, IMS_PER_BATCH, GROUPING_STRENGTH; OPTS and CLASSIFIER_OPTS, KEY VALUE pairs for all
+    runs and all pretraining; PROTOCOL, the name of the product where there are several.
+
+    Raises:
+        UserError: the file is missing, malformed, or names a config that does not exist.
+    """
+    matrix = plain_yaml.read(path)
+    cells = []
+    for part in matrix if isinstance(matrix, list) else [matrix]:
+        if not isinstance(part, dict) or not {"DETECTOR", "NORMS"} <= set(part) <= _KEYS:
+            keys = ", ".join(sorted(_KEYS))
+            raise UserError(f"matrix {path}: needs DETECTOR and NORMS, and may have {keys}")
+        _check_part(path, part)
+        cells += _cells(path, part)
+    folders = [c.folder for c in cells]
+    if len(set(folders)) < len(folders):
+        raise UserError(
+            f"matrix {path}: two runs have the same protocol, name, seed, batch and grouping"
+        )
+    stages: Dict[Path, Cell] = {}
+    for cell in (c for c in cells if c.classifier):
+        first = stages.setdefault(cell.classifier_folder, cell)
+        if first.pretraining != cell.pretraining:
+            raise UserError(
+                f"matrix {path}: {cell.pretrained} is pretrained in two ways; use two matrices"
+            )
+    return cells
+
+
+# What each value of an axis must be, and how to say so.
+_AXES: Dict[str, Tuple[Callable[[Any], bool], str]] = {
+    "SEEDS": (lambda v: is_int(v) and 0 <= v < 2**31, "whole numbers >= 0"),
+    "IMS_PER_BATCH": (lambda v: is_int(v) and v > 0, "whole numbers > 0"),
+    "GROUPING_STRENGTH": (lambda v: is_number(v) and 0 <= v <= 1, "numbers from 0 to 1"),
+}
+_MAX_RUNS = 10_000
+
+
+def _check_part(path: str, part: Dict[str, Any]) -> None:
+    """Raises a UserError that names the key whose value has another form than it must have."""
+    for key, (is_right, words) in _AXES.items():
+        values = part.get(key, [])
+        if not isinstance(values, list) or not all(map(is_right, values)):
+            raise UserError(f"matrix {path}: {key} is {values!r}: use a list of {words}")
+    for key in ("DETECTOR", "CLASSIFIER"):
+        if not isinstance(part.get(key, ""), str):
+            raise UserError(f"matrix {path}: {key} is {part[key]!r}: use the path of a config")
+    entries = part["NORMS"]
+    for entry in entries if isinstance(entries, list) else [None]:
+        entry = {"norm": entry} if isinstance(entry, str) else entry
+        keys = ("norm", *({"name", "pretrained"} & set(entry))) if isinstance(entry, dict) else ()
+        if not keys or not all(isinstance(entry.get(k), str) for k in keys):
+            raise UserError(
+                f"matrix {path}: NORMS is {entries!r}: use a list of norm types or of "
+                "{name, norm, pretrained, opts}"
+            )
+    if not isinstance(part.get("PROTOCOL", ""), str):
+        raise UserError(f"matrix {path}: PROTOCOL is {part['PROTOCOL']!r}: use a name")
+    for opts in [
+        part.get("OPTS", []),
+        part.get("CLASSIFIER_OPTS", []),
+        *(e.get("opts", []) for e in entries if isinstance(e, dict)),
+    ]:
+        if not isinstance(opts, list):
+            raise UserError(f"matrix {path}: options are {opts!r}: use a list [KEY, VALUE, ...]")
+        if "OUTPUT_DIR" in opts:
+            raise UserError(f"matrix {path}: OUTPUT_DIR is not an option here: use --output")
+    runs = math.prod(len(part.get(key, [0])) for key in (*_AXES, "NORMS"))
+    if runs > _MAX_RUNS:
+        raise UserError(f"matrix {path}: is of {runs} runs: use fewer than {_MAX_RUNS}")
+
+
+def _cells(path: str, matrix: Dict[str, Any]) -> List[Cell]:
+    folder = Path(path).parent
+    cells = []
+    axes = itertools.product(
+        matrix.get("SEEDS", [1]),
+        matrix.get("GROUPING_STRENGTH", [0.0]),
+        matrix.get("IMS_PER_BATCH", [None]),
+        matrix["NORMS"],
+    )
+    for seed, grouping, ims_per_batch, entry in axes:
+        entry = {"name": entry, "norm": entry} if isinstance(entry, str) else entry
+        norm = entry["norm"]
+        pretrained = entry.get("pretrained", norm)
+        files = {}
+        for key, kind in (("DETECTOR", norm), ("CLASSIFIER", pretrained)):
+            if key in matrix:
+                file = matrix[key].replace("{norm}", kind.lower())
+                file = folder / file.replace("{pretrained}", pretrained.lower())
+                if not file.is_file():
+                    raise UserError(f"matrix {path}: {key} of norm {kind}: {file} does not exist")
+                files[key] = str(file)
+        opts = tuple(str(o) for o in [*matrix.get("OPTS", []), *entry.get("opts", [])])
+        default = load_config(files["DETECTOR"], list(opts)).SOLVER.IMS_PER_BATCH
+        cells.append(
+            Cell(
+                name=entry.get("name", norm),
+                norm=norm,
+                pretrained=pretrained,
+                seed=int(seed),
+                config=files["DETECTOR"],
+                classifier=files.get("CLASSIFIER"),
+                ims_per_batch=int(ims_per_batch or default),
+                grouping=float(grouping),
+                opts=opts,
+                pretraining_opts=tuple(str(o) for o in matrix.get("CLASSIFIER_OPTS", [])),
+                protocol=matrix.get("PROTOCOL", ""),
+            )
+        )
+    return cells

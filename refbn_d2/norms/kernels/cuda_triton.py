@@ -1,0 +1,226 @@
+"""The kernels of functional.py on CUDA in Triton, for who sets REFBN_TRITON=1.
+
+Tested under Triton's interpreter only: nobody has run them on a GPU, so their speed there is
+unmeasured and they are not the default. formulas says what each function returns. x and g are
+dense, in the same memory format, contiguous or channels_last; any of the floating dtypes.
+"""
+
+from typing import Optional, Tuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .formulas import statistics_dtype
+
+__all__ = ["input_gradient", "moments", "normalize", "sums"]
+
+# Programs that a reduction is split into, several for each multiprocessor of a large GPU, whatever
+# the GPU: a device does not change the order of summation.
+_PROGRAMS = 1024
+_FLAT = 1024  # elements of an elementwise program
+# From here on an index may leave int32; below, int64 division would cost more than the memory does.
+_WIDE = 2**30
+
+
+@triton.jit
+def _tile(program, i, chunk, pixels, channels, BR: tl.constexpr, BC: tl.constexpr,
+          LAST: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """Rows (n, h, w) and channels of a tile, and their offsets in x."""
+    if WIDE:
+        program = program.to(tl.int64)
+    r = program * chunk + i + tl.arange(0, BR)
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    r64, c64 = r[:, None].to(tl.int64), c[None, :].to(tl.int64)
+    if LAST:
+        offsets = r64 * channels + c64
+    else:
+        n = (r // pixels)[:, None].to(tl.int64)
+        offsets = (n * channels + c64) * pixels + (r % pixels)[:, None]
+    return r, c, offsets
+
+
+@triton.jit
+def _moments_kernel(x, means, squares, rows, chunk, pixels, channels, BR: tl.constexpr,
+                    BC: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr,
+                    ACC: tl.constexpr):  # fmt: skip
+    """Mean and sum of squared deviations of a chunk of rows: (splits, C) each."""
+    split = tl.program_id(1)
+    count = tl.zeros((), ACC)
+    mean = tl.zeros((BC,), ACC)
+    square = tl.zeros((BC,), ACC)
+    for i in range(0, chunk, BR):
+        r, c, offsets = _tile(split, i, chunk, pixels, channels, BR, BC, LAST, WIDE)
+        inside = (r < rows) & (i + tl.arange(0, BR) < chunk)
+        mask = inside[:, None] & (c < channels)[None, :]
+        v = tl.load(x + offsets, mask, 0.0).to(ACC)
+        tile_count = tl.sum(inside.to(ACC), 0)
+        tile_mean = tl.sum(v, 0) / tl.maximum(tile_count, 1.0)
+        deviation = tl.where(mask, v - tile_mean[None, :], 0.0)
+        total = tl.maximum(count + tile_count, 1.0)
+        delta = tile_mean - mean
+        # An empty tile has a mean of 0 that must not count, which its weight of 0 sees to.
+        square += tl.sum(deviation * deviation, 0) + delta * delta * (count * tile_count / total)
+        mean += delta * (tile_count / total)
+        count += tile_count
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    out = split * channels + c
+    tl.store(means + out, mean, c < channels)
+    tl.store(squares + out, square, c < channels)
+
+
+@triton.jit
+def _merge_kernel(means, squares, mean_out, var_out, rows, chunk, channels, splits,
+                  BC: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """The moments of all chunks together (Chan, Golub and LeVeque 1979)."""
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    mask = c < channels
+    count = tl.zeros((), ACC)
+    mean = tl.zeros((BC,), ACC)
+    square = tl.zeros((BC,), ACC)
+    first = tl.zeros((), tl.int64)  # row of the chunk
+    for k in range(splits):
+        part = tl.load(means + k * channels + c, mask, 0.0)
+        part_count = tl.minimum(rows - first, chunk).to(ACC)
+        first += chunk
+        total = count + part_count
+        delta = part - mean
+        square += tl.load(squares + k * channels + c, mask, 0.0)
+        square += delta * delta * (count * part_count / total)
+        mean += delta * (part_count / total)
+        count = total
+    tl.store(mean_out + c, mean, mask)
+    tl.store(var_out + c, square / count, mask)
+
+
+@triton.jit
+def _sums_kernel(g, x, mean, invstd, out, rows, chunk, pixels, channels, splits, BR: tl.constexpr,
+                 BC: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr,
+                 ACC: tl.constexpr):  # fmt: skip
+    """Sums of g and g (x - mean) invstd over a chunk of rows: (2, splits, C)."""
+    split = tl.program_id(1)
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    mu = tl.load(mean + c, c < channels, 0.0)
+    sum_g = tl.zeros((BC,), ACC)
+    sum_g_xmu = tl.zeros((BC,), ACC)
+    for i in range(0, chunk, BR):
+        r, c, offsets = _tile(split, i, chunk, pixels, channels, BR, BC, LAST, WIDE)
+        inside = (r < rows) & (i + tl.arange(0, BR) < chunk)
+        mask = inside[:, None] & (c < channels)[None, :]
+        gv = tl.load(g + offsets, mask, 0.0).to(ACC)
+        xmu = tl.load(x + offsets, mask, 0.0).to(ACC) - mu[None, :]
+        sum_g += tl.sum(gv, 0)
+        sum_g_xmu += tl.sum(tl.where(mask, gv * xmu, 0.0), 0)
+    s = tl.load(invstd + c, c < channels, 0.0)
+    tl.store(out + split * channels + c, sum_g, c < channels)
+    tl.store(out + (splits + split) * channels + c, sum_g_xmu * s, c < channels)
+
+
+@triton.jit
+def _flat_indices(size, pixels, channels, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """Positions in memory, those inside, and their channels."""
+    program = tl.program_id(0)
+    if WIDE:
+        program = program.to(tl.int64)
+    i = program * BLOCK + tl.arange(0, BLOCK)
+    return i, i < size, (i // pixels) % channels
+
+
+@triton.jit
+def _normalize_kernel(x, y, mean, var, weight, bias, eps, size, pixels, channels,
+                      WIDE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    i, mask, c = _flat_indices(size, pixels, channels, WIDE, BLOCK)
+    mu, v = tl.load(mean + c, mask), tl.load(var + c, mask, 1.0)
+    scale = tl.rsqrt(v + eps)
+    if weight is not None:
+        scale *= tl.load(weight + c, mask)
+    out = (tl.load(x + i, mask).to(mu.dtype) - mu) * scale
+    if bias is not None:
+        out += tl.load(bias + c, mask)
+    tl.store(y + i, out, mask)
+
+
+@triton.jit
+def _input_gradient_kernel(g, x, out, center, scale, mean_g, slope, size, pixels, channels,
+                           WIDE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    i, mask, c = _flat_indices(size, pixels, channels, WIDE, BLOCK)
+    mu = tl.load(center + c, mask)
+    drop = tl.load(mean_g + c, mask)
+    drop += tl.load(slope + c, mask) * (tl.load(x + i, mask).to(mu.dtype) - mu)
+    dx = tl.load(scale + c, mask) * (tl.load(g + i, mask).to(mu.dtype) - drop)
+    tl.store(out + i, dx, mask)
+
+
+def _split(x: Tensor):
+    """How a reduction is cut up: grid, arguments and constants."""
+    samples, channels, height, width = x.shape
+    last = not x.is_contiguous()
+    block_rows, block_channels = (64, 32) if last else (1024, 1)
+    rows = samples * height * width
+    across = triton.cdiv(channels, block_channels)
+    splits = max(1, min(_PROGRAMS // across, triton.cdiv(rows, block_rows)))
+    chunk = triton.cdiv(rows, splits)
+    splits = triton.cdiv(rows, chunk)  # none is empty
+    constants = {
+        "BR": block_rows,
+        "BC": block_channels,
+        "LAST": last,
+        "WIDE": rows >= _WIDE,
+        "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
+    }
+    return (across, splits), (rows, chunk, height * width, channels), constants
+
+
+def _flat(x: Tensor):
+    """How an elementwise kernel is cut up: grid, and size, pixels, channels, WIDE, BLOCK."""
+    pixels = x.shape[2] * x.shape[3] if x.is_contiguous() else 1
+    size = x.numel()
+    return (triton.cdiv(size, _FLAT),), (size, pixels, x.shape[1], size >= _WIDE, _FLAT)
+
+
+def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
+    grid, sizes, constants = _split(x)
+    rows, chunk, _, channels = sizes
+    means, squares = x.new_empty(2, grid[1], channels, dtype=statistics_dtype(x))
+    mean, var = torch.empty_like(means[0]), torch.empty_like(means[0])
+    with torch.cuda.device_of(x):
+        _moments_kernel[grid](x, means, squares, *sizes, **constants)
+        _merge_kernel[(triton.cdiv(channels, 128),)](
+            means, squares, mean, var, rows, chunk, channels, grid[1], 128, constants["ACC"]
+        )
+    return mean, var
+
+
+def sums(g: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tuple[Tensor, Tensor]:
+    grid, sizes, constants = _split(x)
+    out = mean.new_empty(2, grid[1], x.shape[1])
+    with torch.cuda.device_of(x):
+        _sums_kernel[grid](g, x, mean, invstd, out, *sizes, grid[1], **constants)
+    sum_g, sum_g_xhat = out.sum(1)
+    return sum_g, sum_g_xhat
+
+
+def normalize(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    eps: float,
+) -> Tensor:
+    y = torch.empty_like(x)
+    grid, sizes = _flat(x)
+    with torch.cuda.device_of(x):
+        _normalize_kernel[grid](x, y, mean, var, weight, bias, eps, *sizes)
+    return y
+
+
+def input_gradient(
+    g: Tensor, x: Tensor, center: Tensor, scale: Tensor, mean_g: Tensor, slope: Tensor
+) -> Tensor:
+    grad = torch.empty_like(x)
+    grid, sizes = _flat(x)
+    with torch.cuda.device_of(x):
+        _input_gradient_kernel[grid](g, x, grad, center, scale, mean_g, slope, *sizes)
+    return grad

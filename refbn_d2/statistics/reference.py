@@ -1,0 +1,151 @@
+"""Capturing the reference batch of a detectron2 model, on any number of processes."""
+
+import logging
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List
+from unittest import mock
+
+import torch
+from detectron2.structures import ImageList
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.overrides import TorchFunctionMode
+
+from ..norms import ReferenceNorm2d, capture
+from ..rng import forked_rng
+
+__all__ = ["capture_reference", "reference_layers"]
+
+logger = logging.getLogger(__name__)
+
+
+def reference_layers(model: nn.Module) -> Dict[str, ReferenceNorm2d]:
+    """The layers of ``model`` that hold a reference, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, ReferenceNorm2d)}
+
+
+class _OrderFreeRandperm(TorchFunctionMode):
+    """Makes torch.randperm(n) a function of n alone.
+
+    R-CNNs subsample anchors and proposals image by image with it. From one random stream the
+    sample of an image would depend on how many images its process has drawn for before.
+    """
+
+    def __init__(self, seed: int):
+        super().__init__()
+        self._seed = seed
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.randperm:
+            # Drawn on the CPU: the device must not matter either.
+            device = kwargs.pop("device", None)
+            generator = torch.Generator().manual_seed(self._seed)
+            return func(*args, **{**kwargs, "generator": generator}).to(device)
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _padded_to(height: int, width: int) -> Iterator[None]:
+    """Makes ImageList pad as if an image of height x width were in every batch.
+
+    Padding enters the statistics; images split over processes must get the same.
+    """
+    from_tensors = ImageList.from_tensors
+
+    def padded(tensors: List[Tensor], *args, **kwargs) -> ImageList:
+        extra = tensors[0].new_zeros(*tensors[0].shape[:-2], height, width)
+        images = from_tensors([*tensors, extra], *args, **kwargs)
+        return ImageList(images.tensor[:-1], images.image_sizes[:-1])
+
+    with mock.patch.object(ImageList, "from_tensors", staticmethod(padded)):
+        yield
+
+
+def capture_reference(
+    model: nn.Module, batch: List[Dict[str, Any]], seed: int = 0
+) -> Dict[str, Dict[str, float]]:
+    """Takes the reference of every reference norm of ``model`` from one batch (eq. 11-12).
+
+    One forward pass in training mode, without gradients; see :func:`refbn_d2.norms.capture`. In an
+    R-CNN it includes proposals, the sampling of RoIs and the RoI heads. Neither the model (but for
+    its references) nor any random state is changed.
+
+    With several processes every process must call this with the *same whole* batch. The images are
+    split over them, the statistics are combined exactly, and every process ends with the same
+    reference, bit for bit. It is the one that a single process takes from the whole batch, to
+    rounding.
+
+    Args:
+        model: as given to the trainer; a DistributedDataParallel wrapper is taken off.
+        batch: what the training loader yields, a list of dicts with "image", (C, H, W).
+        seed: of the sampling in the forward pass.
+
+    Returns:
+        Per layer that took a reference: ``count`` (elements per channel), ``mean`` and ``var``
+        (averages over channels).
+
+    Raises:
+        ValueError: ``batch`` is empty.
+    """
+    if not batch:
+        raise ValueError("the reference batch is empty")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
+    layers = reference_layers(model)
+    if not layers:
+        return {}
+    world_size, rank = comm.get_world_size(), comm.get_rank()
+    sizes = [d["image"].shape[-2:] for d in batch]
+    height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
+    # Fewer images than processes: the rest receive the result.
+    num_active = min(len(batch), world_size)
+    group = dist.new_group(list(range(num_active))) if num_active < world_size else None
+
+    def gather(part: Tensor) -> List[Tensor]:
+        parts = [torch.empty_like(part) for _ in range(num_active)]
+        dist.all_gather(parts, part, group=group)
+        return parts
+
+    taken = []
+    if rank < num_active:
+        with forked_rng(seed), _OrderFreeRandperm(seed), _padded_to(height, width):
+            # R-CNNs log statistics of each pass, and must be able to; this one is no training step.
+            with EventStorage(), capture(model, gather if world_size > 1 else None) as taken:
+                model(batch[rank::num_active])
+    if group is not None and rank < num_active:
+        dist.destroy_process_group(group)
+    if world_size > 1:
+        taken = _broadcast(layers, taken)
+    missed = sorted(set(layers) - {name for name, _ in taken})
+    if missed:
+        logger.warning(
+            "The forward pass did not reach %d of %d reference norms; each will take the first "
+            "batch it sees: %s",
+            len(missed),
+            len(layers),
+            ", ".join(missed),
+        )
+    return {
+        name: {
+            "count": count,
+            "mean": float(layers[name].ref_mean.mean()),
+            "var": float(layers[name].ref_var.mean()),
+        }
+        for name, count in taken
+    }
+
+
+def _broadcast(layers: Dict[str, ReferenceNorm2d], taken: List) -> List:
+    """Gives every process the references that rank 0 took."""
+    message = [taken]
+    device = next(iter(layers.values())).ref_mean.device
+    dist.broadcast_object_list(message, src=0, device=device)
+    for name, count in message[0]:
+        layer = layers[name]
+        for buffer in (layer.ref_mean, layer.ref_var, layer.ref_size):
+            dist.broadcast(buffer, src=0)
+        layer.set_reference(layer.ref_mean, layer.ref_var, count, int(layer.ref_size))
+    return message[0]

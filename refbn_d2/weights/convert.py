@@ -1,0 +1,290 @@
+"""A ResNet's weights as the start of a detector, and back; norms live or frozen.
+
+A file for detectron2 holds ``stem.*``, ``res2.*`` to ``res5.*`` and the linear layer, if there is
+one, as detectron2's own files of pretrained weights do: its checkpointer matches names by their
+ends, so conv5 is ``roi_heads.res5`` in a C4 detector and ``backbone.bottom_up.res5`` with an FPN.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, Optional, Set
+
+import torch
+from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.backbone.resnet import build_resnet_backbone
+from detectron2.utils.file_io import PathManager
+from torch import Tensor
+
+from ..config import load_config
+from ..errors import UserError
+from . import safe_pickle
+from .files import atomic_save
+from .folded import EPS, FOLDED_VAR
+from .resnet_names import detectron2_names, torchvision_names
+
+__all__ = ["FORMATS", "NORMS", "Conversion", "convert", "freeze", "norm_of"]
+
+FORMATS = ("detectron2", "torchvision")
+NORMS = ("BN", "RefBN", "FrozenBN")
+
+_AFFINE = ("weight", "bias", "running_mean", "running_var")
+_REFERENCE = {"ref_mean", "ref_var", "ref_captured"}
+_BATCH_NORM = {*_AFFINE, "num_batches_tracked"}
+
+_DEPTHS = {  # (blocks of each stage, whether bottlenecks) -> MODEL.RESNETS.DEPTH
+    ((2, 2, 2, 2), False): 18,
+    ((3, 4, 6, 3), False): 34,
+    ((3, 4, 6, 3), True): 50,
+    ((3, 4, 23, 3), True): 101,
+    ((3, 8, 36, 3), True): 152,
+}
+# What torchvision's and timm's weights are trained with; detectron2's defaults are others.
+_TORCHVISION_CONFIG = {
+    "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
+    "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
+    "MODEL.RESNETS.STRIDE_IN_1X1": False,
+    "INPUT.FORMAT": "RGB",
+}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was converted.
+
+    Attributes:
+        names: those of the source -> those of the target.
+        left_out: number of tensors of the source that are not in the target.
+        norm: of NORMS, or '' where the weights do not say.
+        config: what the config of a detector that starts from the file must say, key -> value.
+            Lacks STRIDE_IN_1X1, PIXEL_MEAN, PIXEL_STD and FORMAT where the source does not say.
+    """
+
+    names: Dict[str, str]
+    left_out: int
+    norm: str
+    config: Dict[str, Any]
+
+
+def convert(
+    source: str, target: str, norm: Optional[str] = None, to: str = "detectron2"
+) -> Conversion:
+    """Writes the ResNet in a file of weights for another program.
+
+    Args:
+        source: .pth, .pkl or .safetensors; read without running code from it.
+        target: .pth to write; a file of that name is kept unless all goes well.
+        norm: of NORMS, what the norms become; None leaves them as they are.
+        to: of FORMATS: a detectron2 backbone file, or a state dict for torchvision and timm.
+
+    Raises:
+        UserError: ``source`` cannot be read or has no ResNet that detectron2 builds, its norms
+            cannot become ``norm``, or ``target`` cannot be written.
+    """
+    content = _read(source)
+    try:
+        names = detectron2_names(content)
+        weights = {new: content[old] for old, new in names.items()}
+        resnet = _resnet_config(weights)
+        if norm:
+            weights = _with_norm(weights, norm)
+    except UserError as e:
+        raise UserError(f"{source}: {e}") from None
+    renamed = torchvision_names(weights) if to == "torchvision" else {n: n for n in weights}
+    result: Dict[str, Any] = {renamed[n]: value for n, value in weights.items()}
+    if to == "detectron2":
+        # That key has detectron2's checkpointer match names by their ends.
+        result = {"model": result, "matching_heuristics": True}
+    _write(target, result)
+    matched = {old: renamed[new] for old, new in names.items() if new in renamed}
+    from_torchvision = any(old.endswith("layer1.0.conv1.weight") for old in names)
+    norm = norm or norm_of(weights)
+    config = {"MODEL.WEIGHTS": target, **resnet}
+    if norm:
+        config["MODEL.RESNETS.NORM"] = norm
+    if norm in ("BN", "RefBN"):
+        config["MODEL.BACKBONE.FREEZE_AT"] = 0  # a frozen stage is FrozenBN, whatever NORM says
+    if from_torchvision:
+        config.update(_TORCHVISION_CONFIG)
+    if "layer1.0.conv1.weight" not in names:  # else nothing beside the file is of its training
+        config.update(_training_config(source, from_torchvision))
+    return Conversion(
+        names=matched,
+        left_out=len(content) - len(matched),
+        norm=norm,
+        config=config,
+    )
+
+
+def _read(path: str) -> Dict[str, Tensor]:
+    """The state dict in a file; detectron2's names for those of Caffe2."""
+    try:
+        file = PathManager.get_local_path(path)
+        if path.endswith(".safetensors"):
+            content = _load_safetensors(file)
+        elif path.endswith(".pkl"):
+            with open(file, "rb") as f:
+                content = safe_pickle.load(f, encoding="latin1")
+        else:
+            content = safe_pickle.load_torch(file)
+    except UserError:
+        raise
+    except Exception as e:  # whatever a damaged file may raise
+        reason = (str(e) or type(e).__name__).splitlines()[0].split(". ")[0]
+        raise UserError(f"{path}: cannot be read as weights: {reason}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not weights by name")
+    caffe2 = path.endswith(".pkl") and content.get("__author__", "Caffe2") == "Caffe2"
+    for key in ("model", "state_dict", "blobs"):  # of detectron2 and this package, timm, Detectron
+        if isinstance(content.get(key), dict):
+            content = content[key]
+    weights = {k: torch.as_tensor(v) for k, v in content.items() if hasattr(v, "shape")}
+    return convert_c2_detectron_names(weights)[0] if caffe2 else weights
+
+
+def _load_safetensors(file: str) -> Dict[str, Tensor]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise UserError(f"{file}: needs the package safetensors: pip install safetensors") from None
+    return load_file(file)
+
+
+def _write(path: str, content: Dict[str, Any]) -> None:
+    try:
+        atomic_save(content, path)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written: {e.strerror}") from None
+
+
+def _norm_layers(weights: Dict[str, Tensor]) -> Dict[str, Set[str]]:
+    """Name of each norm layer -> what is held of it."""
+    layers: Dict[str, Set[str]] = {}
+    for name in weights:
+        layer, _, key = name.rpartition(".")
+        if layer.endswith(".norm"):
+            layers.setdefault(layer, set()).add(key)
+    return layers
+
+
+def norm_of(weights: Dict[str, Tensor]) -> str:
+    """Which of NORMS a state dict under detectron2's names is of.
+
+    '' where it does not say: GN, LN, IN and Detectron's AffineChannel all are a weight and a bias.
+    """
+    layers = _norm_layers(weights)
+    keys = set().union(*layers.values())
+    if keys - _BATCH_NORM - _REFERENCE or not all(k.issuperset(_AFFINE) for k in layers.values()):
+        return ""
+    if keys & _REFERENCE:
+        return "RefBN"
+    frozen = all((weights[f"{n}.running_var"] == FOLDED_VAR).all() for n in layers)
+    return "FrozenBN" if frozen else "BN"
+
+
+def freeze(weights: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    """Folds what each norm does in evaluation into one affine map.
+
+    ::
+
+        weight' = weight / sqrt(running_var + eps),  bias' = bias - running_mean weight'
+
+    RefBN's running statistics are those of its mixed statistics, so this is RefBN in evaluation,
+    too; the reference is dropped. Mean and variance become the identity's, 0 and 1 - eps:
+    detectron2 takes 1 where a file has no variance, which is off by eps / 2 in every layer.
+
+    Args:
+        weights: BN or RefBN under detectron2's names.
+    """
+    layers = _norm_layers(weights)
+    frozen = {n: v for n, v in weights.items() if n.rpartition(".")[0] not in layers}
+    for layer in layers:
+        weight, bias, mean, var = (weights[f"{layer}.{k}"] for k in _AFFINE)
+        # Rounded as F.batch_norm rounds: from float64, outputs after 50 layers differ by over 1e-6.
+        scale = weight * (var + EPS).rsqrt()
+        shift = torch.addcmul(bias, mean, scale, value=-1)
+        identity = torch.zeros_like(mean), FOLDED_VAR.to(var.dtype).expand_as(var).clone()
+        for key, value in zip(_AFFINE, (scale, shift, *identity)):
+            frozen[f"{layer}.{key}"] = value
+    return frozen
+
+
+def _with_norm(weights: Dict[str, Tensor], norm: str) -> Dict[str, Tensor]:
+    source = norm_of(weights)
+    if not source:
+        raise UserError(
+            f"its norms cannot become {norm}: they hold no running statistics of BatchNorm alone; "
+            "leave out --norm and --frozen to keep them as they are"
+        )
+    if source == norm or (source, norm) == ("BN", "RefBN"):  # its reference is captured later
+        return weights
+    if source == "FrozenBN":
+        raise UserError(f"its norms are folded into affine maps and cannot become {norm} again")
+    if norm == "FrozenBN":
+        return freeze(weights)
+    return {n: v for n, v in weights.items() if n.rpartition(".")[2] not in _REFERENCE}
+
+
+def _resnet_config(weights: Dict[str, Tensor]) -> Dict[str, int]:
+    """MODEL.RESNETS.* of the network that the weights are of, as far as not the default.
+
+    Raises:
+        UserError: detectron2 builds no such network, or weights are missing or left over.
+    """
+    blocks = [
+        1 + max((int(n.split(".")[1]) for n in weights if n.startswith(f"res{s}.")), default=-1)
+        for s in range(2, 6)
+    ]
+    bottleneck = "res2.0.conv3.weight" in weights
+    depth = _DEPTHS.get((tuple(blocks), bottleneck))
+    if depth is None:
+        raise UserError(f"detectron2 builds no ResNet of {blocks} blocks")
+    try:
+        stem = weights["stem.conv1.weight"]
+        inner = weights["res2.0.conv2.weight"]
+        outer = weights["res2.0.conv3.weight"] if bottleneck else inner
+    except KeyError as e:
+        raise UserError(f"it has no {e.args[0]}") from None
+    resnet = {"DEPTH": depth, "STEM_OUT_CHANNELS": len(stem), "RES2_OUT_CHANNELS": len(outer)}
+    if bottleneck:
+        resnet.update(NUM_GROUPS=len(inner) // inner.shape[1], WIDTH_PER_GROUP=inner.shape[1])
+    opts = [str(x) for k, v in resnet.items() for x in (f"MODEL.RESNETS.{k}", v)]
+    opts += ["MODEL.RESNETS.NORM", "BN", "MODEL.RESNETS.OUT_FEATURES", "['res5']"]
+    opts += ["MODEL.BACKBONE.FREEZE_AT", "0"]
+    try:
+        with torch.device("meta"):
+            model = build_resnet_backbone(load_config("", opts), ShapeSpec(channels=stem.shape[1]))
+    except AssertionError as e:
+        raise UserError(f"detectron2 builds no such ResNet: {e}") from None
+    _check_fit(weights, model.state_dict())
+    defaults = load_config("").MODEL.RESNETS
+    return {f"MODEL.RESNETS.{k}": v for k, v in resnet.items() if k == "DEPTH" or v != defaults[k]}
+
+
+def _check_fit(weights: Dict[str, Tensor], model: Dict[str, Tensor]) -> None:
+    layers = {name.rpartition(".")[0] for name in model} | {"linear"}
+    for name, value in model.items():
+        if name.endswith((".weight", ".bias")) and name not in weights:
+            raise UserError(f"it has no {name}")
+        if name in weights and weights[name].shape != value.shape:
+            shapes = tuple(weights[name].shape), tuple(value.shape)
+            raise UserError(f"{name} is of shape {shapes[0]} where {shapes[1]} fits")
+    for name in weights:
+        if name.rpartition(".")[0] not in layers:
+            raise UserError(f"a ResNet that detectron2 does not build: it has no place for {name}")
+
+
+def _training_config(source: str, from_torchvision: bool) -> Dict[str, Any]:
+    """What the config beside a checkpoint of this package says about pixels and strides."""
+    try:
+        cfg = load_config(str(Path(source).parent / "config.yaml"))
+    except UserError:  # there is none, or it is another program's
+        return {}
+    config = {
+        "MODEL.PIXEL_MEAN": list(cfg.MODEL.PIXEL_MEAN),
+        "MODEL.PIXEL_STD": list(cfg.MODEL.PIXEL_STD),
+    }
+    if not from_torchvision:  # whose pixels are RGB and whose strides are where they are
+        config["INPUT.FORMAT"] = cfg.INPUT.FORMAT
+        config["MODEL.RESNETS.STRIDE_IN_1X1"] = cfg.MODEL.RESNETS.STRIDE_IN_1X1
+    return config

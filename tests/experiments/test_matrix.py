@@ -1,0 +1,172 @@
+"""Running a matrix: what its cells are, what is skipped, resumed, and survived."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import tiny
+import yaml
+
+from refbn_d2.config import load_config
+from refbn_d2.errors import UserError
+from refbn_d2.evaluation.runs import find_runs
+from refbn_d2.experiments.matrix import load_matrix
+
+QUICK = tiny.ROOT / "configs/Quick"
+DETECTOR = str(QUICK / "mask_rcnn_R_50_C4_quick_{norm}.yaml")
+
+
+def _matrix(folder, **content):
+    path = folder / "matrix.yaml"
+    path.write_text(yaml.safe_dump({"DETECTOR": DETECTOR, "NORMS": ["BN", "RefBN"], **content}))
+    return str(path)
+
+
+def test_cells_are_the_product_of_the_axes(tmp_path):
+    cells = load_matrix(
+        _matrix(tmp_path, SEEDS=[1, 2], IMS_PER_BATCH=[2, 4, 8], GROUPING_STRENGTH=[0.0, 1.0])
+    )
+    axes = {(c.norm, c.seed, c.ims_per_batch, c.grouping) for c in cells}
+    assert len(cells) == len(axes) == 2 * 2 * 3 * 2
+    assert len({c.folder for c in cells}) == len(cells)
+
+
+@pytest.mark.parametrize("images", [1, 2, 4, 8])
+def test_every_run_sees_the_same_number_of_images(tmp_path, images):
+    (cell,) = load_matrix(_matrix(tmp_path, NORMS=["BN"], IMS_PER_BATCH=[images]))
+    solver = load_config(cell.config, cell.detector_opts()).SOLVER
+    base = load_config(cell.config).SOLVER
+    assert solver.IMS_PER_BATCH == images
+    assert solver.IMS_PER_BATCH * solver.MAX_ITER == base.IMS_PER_BATCH * base.MAX_ITER
+    assert solver.BASE_LR / images == pytest.approx(base.BASE_LR / base.IMS_PER_BATCH)
+
+
+def test_an_entry_can_have_a_name_other_weights_and_options(tmp_path):
+    entry = {
+        "name": "frozen, 3 steps",
+        "norm": "FrozenBN",
+        "pretrained": "BN",
+        "opts": ["SOLVER.MAX_ITER", 3],
+    }
+    classifier = str(QUICK / "classifier_{norm}.yaml")
+    (cell,) = load_matrix(_matrix(tmp_path, NORMS=[entry], CLASSIFIER=classifier))
+    cfg = load_config(cell.config, cell.detector_opts())
+    assert cfg.MODEL.RESNETS.NORM == "FrozenBN" and cfg.SOLVER.MAX_ITER == 3
+    assert cell.classifier.endswith("classifier_bn.yaml")
+    assert cell.name == "frozen, 3 steps" and " " not in str(cell.folder)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"NORMS": ["Nonsense"]}, "nonsense.yaml does not exist"),
+        ({"NORM": ["BN"]}, "may have"),
+        ({"NORMS": ["BN", "BN"]}, "same protocol, name"),
+        ({"NORMS": "BN"}, "NORMS is 'BN'"),
+        ({"NORMS": [{"name": "a"}]}, "use a list of norm types"),
+        ({"SEEDS": 3}, "SEEDS is 3"),
+        ({"IMS_PER_BATCH": ["two"]}, "IMS_PER_BATCH"),
+        ({"OPTS": "SEED 3"}, "options are 'SEED 3'"),
+        ({"CLASSIFIER_OPTS": "SEED 3"}, "options are 'SEED 3'"),
+        ({"PROTOCOL": 1}, "PROTOCOL is 1"),
+    ],
+)
+def test_a_mistake_in_the_matrix(tmp_path, content, message):
+    with pytest.raises(UserError, match=message):
+        load_matrix(_matrix(tmp_path, **content))
+
+
+def test_protocols_are_kept_apart(tmp_path):
+    """The same norm and seed twice: in other folders, under other conditions, once pretrained."""
+    classifier = str(QUICK / "classifier_{norm}.yaml")
+    frozen = str(QUICK / "mask_rcnn_R_50_C4_quick_frozen{pretrained}.yaml")
+    common = {"CLASSIFIER": classifier, "CLASSIFIER_OPTS": ["SOLVER.MAX_ITER", 3]}
+    parts = [
+        {"PROTOCOL": "B", "DETECTOR": DETECTOR, "NORMS": ["BN"], **common},
+        {
+            "PROTOCOL": "A, frozen",
+            "DETECTOR": frozen,
+            "NORMS": [{"name": "BN", "norm": "FrozenBN", "pretrained": "BN"}],
+            **common,
+        },
+    ]
+    path = tmp_path / "matrix.yaml"
+    path.write_text(yaml.safe_dump(parts))
+    b, a = load_matrix(str(path))
+    assert a.config.endswith("quick_frozenbn.yaml") and b.config.endswith("quick_bn.yaml")
+    assert a.folder != b.folder and str(a.folder).startswith("A_frozen/BN/")
+    assert a.classifier_folder == b.classifier_folder
+    assert load_config(a.classifier, a.classifier_opts()).SOLVER.MAX_ITER == 3
+    parts[1]["CLASSIFIER_OPTS"] = ["SOLVER.MAX_ITER", 4]
+    path.write_text(yaml.safe_dump(parts))
+    with pytest.raises(UserError, match="BN is pretrained in two ways"):
+        load_matrix(str(path))
+
+
+def test_without_a_protocol_folders_are_what_they_were(tmp_path):
+    (cell,) = load_matrix(_matrix(tmp_path, NORMS=["BN"], IMS_PER_BATCH=[2]))
+    assert str(cell.folder) == "BN/batch2_grouping0/seed1"
+
+
+def test_a_missing_or_malformed_matrix(tmp_path):
+    with pytest.raises(UserError, match="none.yaml"):
+        load_matrix(str(tmp_path / "none.yaml"))
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    with pytest.raises(UserError, match="not plain YAML"):
+        load_matrix(str(tmp_path / "bad.yaml"))
+
+
+def test_run_skips_what_is_finished_and_survives_what_fails(tmp_path):
+    """One cell works, one has an impossible option; the second call has nothing left but that."""
+    small = ["SOLVER.MAX_ITER", 2, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 8]
+    small += ["INPUT.MIN_SIZE_TRAIN", "(32,)", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 4]
+    small += ["TEST.DETECTIONS_PER_IMAGE", 1, "INPUT.MIN_SIZE_TEST", 32]
+    norms = [
+        {"name": "works", "norm": "RefBN"},
+        {"name": "fails", "norm": "RefBN", "opts": ["DATASETS.TRAIN", "('no_such_set',)"]},
+    ]
+    classifier = tmp_path / "classifier_refbn.yaml"
+    classifier.write_text(
+        f'_BASE_: "{QUICK / "classifier_refbn.yaml"}"\n'
+        "SOLVER: {MAX_ITER: 1, IMS_PER_BATCH: 4}\nDATASETS: {TEST: ()}\n"
+    )
+    matrix = _matrix(tmp_path, NORMS=norms, OPTS=small, CLASSIFIER="classifier_{norm}.yaml")
+    output = tmp_path / "out"
+    command = [sys.executable, str(tiny.ROOT / "tools/compare.py"), "run", matrix]
+    command += ["--output", str(output), "--jobs", "2"]
+
+    def run():
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+
+    first = run()
+    assert first.returncode == 1 and "1 of 2 runs did not finish" in first.stderr
+    records = {p.parent.parent.parent.name: p for p in output.rglob("run.json")}
+    works = json.loads(records["works"].read_text())
+    fails = json.loads(records["fails"].read_text())
+    assert works["status"] == "finished" and works["norm"] == "RefBN" and works["seed"] == 1
+    assert fails["status"] == "failed" and "no_such_set" in fails["error"]
+    results = records["works"].parent / "inference/coco_instances_results.json"
+    before = results.stat().st_mtime_ns
+    assert run().returncode == 1
+    assert results.stat().st_mtime_ns == before
+
+    runs = {run.name: run.error for run in find_runs(output)}
+    assert set(runs) == {"works", "fails"} and not runs["works"] and "no_such_set" in runs["fails"]
+
+    opts = [*small, "SOLVER.BASE_LR", 0.01]
+    _matrix(tmp_path, NORMS=norms, OPTS=opts, CLASSIFIER="classifier_{norm}.yaml")
+    third = run()
+    assert third.returncode == 1 and "a run of another config" in third.stderr
+    assert results.stat().st_mtime_ns == before
+
+
+def test_settings_notice_a_change_in_a_base(tmp_path):
+    base = tmp_path / "base.yaml"
+    base.write_text("SOLVER:\n  MAX_ITER: 10\n")
+    (tmp_path / "leaf_bn.yaml").write_text('_BASE_: "base.yaml"\n')
+    matrix = _matrix(tmp_path, NORMS=["BN"], DETECTOR="leaf_{norm}.yaml")
+    before = load_matrix(matrix)[0].settings()
+    assert load_matrix(matrix)[0].settings() == before
+    base.write_text("SOLVER:\n  MAX_ITER: 11\n")
+    assert load_matrix(matrix)[0].settings() != before

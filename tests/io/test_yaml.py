@@ -1,0 +1,36 @@
+"""YAML is read as data; bad files are in tests/corpus."""
+
+import datetime
+
+import pytest
+
+from refbn_d2.errors import UserError
+from refbn_d2.io import yaml as plain_yaml
+
+
+def _read(tmp_path, text):
+    (tmp_path / "a.yaml").write_text(text)
+    return plain_yaml.read(str(tmp_path / "a.yaml"))
+
+
+def test_plain_content(tmp_path):
+    text = "a: [1, 2.5, x, null, true, 2020-02-03]\nb: &b {c: é}\nd: [*b, *b]\n"
+    assert _read(tmp_path, text) == {
+        "a": [1, 2.5, "x", None, True, datetime.date(2020, 2, 3)],
+        "b": {"c": "é"},
+        "d": [{"c": "é"}] * 2,
+    }
+
+
+def test_size_counts_what_aliases_stand_for(tmp_path):
+    """10 * 10**4 values are beyond the limit of 10**5, 9 * 10**4 are not."""
+    row = f"- &row [{', '.join('1' * 9_999)}]\n"
+    assert len(_read(tmp_path, row + f"- [{', '.join(['*row'] * 8)}]\n")[1]) == 8
+    with pytest.raises(UserError, match="a.yaml: .*aliases expand beyond"):
+        _read(tmp_path, row + f"- [{', '.join(['*row'] * 9)}]\n")
+
+
+def test_a_folder_or_a_device_is_no_file(tmp_path):
+    for path in (tmp_path, "/dev/zero", tmp_path / "nowhere.yaml"):
+        with pytest.raises(UserError, match="no such file"):
+            plain_yaml.read(str(path))

@@ -1,0 +1,125 @@
+"""Recomputed inference statistics against averages written from the paper's Algorithm 3."""
+
+import copy
+
+import processes
+import pytest
+import torch
+from fvcore.nn import update_bn_stats
+from torch import distributed as dist
+from torch import nn
+
+from refbn_d2.norms import BatchRenorm2d, RefBatchNorm2d
+from refbn_d2.statistics.inference import recompute_statistics
+
+
+def _network(norm):
+    torch.manual_seed(0)
+    first = norm(3)
+    if isinstance(first, RefBatchNorm2d):
+        first.set_reference(torch.tensor([1.0, -1.0, 0.5]), torch.tensor([2.0, 0.5, 1.0]))
+    return nn.Sequential(first, nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5))
+
+
+def _batches():
+    g = torch.Generator().manual_seed(1)
+    return [torch.randn(n, 3, 6, 7, generator=g) * n + 1 for n in (2, 3, 5)]
+
+
+def _expected(batches, model, plain=False):
+    """E_B[mu] and E_B of the Bessel-corrected variance, in float64, of the first layer."""
+    layer, means, variances = model[0], [], []
+    for x in batches:
+        x = x.double()
+        n = x.numel() // 3
+        mean, var, bessel = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0), n / (n - 1)
+        if isinstance(layer, RefBatchNorm2d) and not plain:
+            lam = 1 / (len(x) + 1)
+            means.append((1 - lam) * mean + lam * layer.ref_mean)
+            variances.append((1 - lam) * bessel * var + lam * layer.ref_var)
+        else:
+            means.append(mean)
+            variances.append(bessel * var)
+    return sum(means) / len(means), sum(variances) / len(variances)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, RefBatchNorm2d])
+@pytest.mark.parametrize("plain", [False, True])
+def test_averages_over_batches(norm, plain):
+    model = _network(norm)
+    assert recompute_statistics(model, _batches(), 3, plain) == 2
+    mean, var = _expected(_batches(), model, plain)
+    torch.testing.assert_close(model[0].running_mean.double(), mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model[0].running_var.double(), var, rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_else_changes():
+    model = _network(RefBatchNorm2d)
+    model[2].momentum = None
+    model.eval()
+    model[0].train()
+    before, rng = copy.deepcopy(model), torch.get_rng_state()
+    recompute_statistics(model, _batches(), 2)
+    assert torch.equal(torch.get_rng_state(), rng)
+    for (name, a), (_, b) in zip(model.state_dict().items(), before.state_dict().items()):
+        if "running" not in name:
+            assert torch.equal(a, b), name
+    for a, b in zip(model.modules(), before.modules()):
+        assert a.training == b.training and getattr(a, "momentum", 0) == getattr(b, "momentum", 0)
+
+
+def test_it_does_not_depend_on_what_was_there_before():
+    models = [_network(RefBatchNorm2d) for _ in range(2)]
+    models[1][0].running_mean.fill_(9)
+    models[1][2].running_var.fill_(9)
+    for model in models:
+        recompute_statistics(model, _batches(), 3)
+    for a, b in zip(models[0].state_dict().values(), models[1].state_dict().values()):
+        assert torch.equal(a, b)
+
+
+def test_layers_that_are_not_reached_or_train_by_their_statistics_keep_them():
+    model = _network(BatchRenorm2d)
+    model.unused = nn.BatchNorm2d(2)
+    model.forward = lambda x: model[2](model[1](model[0](x)))
+    before = copy.deepcopy(model.unused.state_dict())
+    steered = copy.deepcopy(model[0].state_dict())
+    assert recompute_statistics(model, _batches(), 1) == 1
+    for layer, state in ((model.unused, before), (model[0], steered)):
+        for a, b in zip(layer.state_dict().values(), state.values()):
+            assert torch.equal(a, b)
+
+
+def test_needs_a_batch_and_a_reference():
+    with pytest.raises(ValueError, match="num_batches"):
+        recompute_statistics(_network(nn.BatchNorm2d), _batches(), 0)
+    with pytest.raises(ValueError, match="reference"):
+        recompute_statistics(nn.Sequential(RefBatchNorm2d(3)), _batches(), 1)
+
+
+def _on_every_rank(model):
+    """The running statistics of the first layer, of each process."""
+    own = torch.cat([model[0].running_mean, model[0].running_var])
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, own)
+    return parts
+
+
+def _check_processes(rank, world_size):
+    batches = _batches() + [x + 2 for x in _batches()]  # of different sizes on each process, too
+    own = batches[rank::world_size]
+    for norm in (nn.BatchNorm2d, RefBatchNorm2d):
+        model = _network(norm)
+        recompute_statistics(model, own, len(own))
+        parts = _on_every_rank(model)
+        assert all(torch.equal(part, parts[0]) for part in parts)
+        expected = torch.cat(_expected(batches, model))
+        torch.testing.assert_close(parts[0].double(), expected, rtol=1e-5, atol=1e-6)
+    model = _network(nn.BatchNorm2d)
+    update_bn_stats(model, own, len(own))
+    parts = _on_every_rank(model)
+    assert not torch.equal(parts[0], parts[1])  # why there is one of our own
+
+
+def test_the_same_on_every_process_and_of_all_batches():
+    processes.run_group(2, _check_processes)
