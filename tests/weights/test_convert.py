@@ -137,7 +137,7 @@ def test_detectors_get_every_weight_of_a_classifiers_residual_network(tmp_path, 
     target = str(tmp_path / "backbone.pth")
     conversion = convert(path, target)
     assert conversion.norm == "RefBN" and conversion.left_out == 0
-    for base in (tiny.CONFIG, tiny.CONFIG.replace("refbn", "frozenbn")):
+    for base in (tiny.CONFIG, tiny.CONFIG.replace("_refbn.yaml", "_frozenbn.yaml")):
         state = _detector_state(base, target)
         residual = {k for k in state if k.startswith(("backbone.", "roi_heads.res5."))}
         of_source = {k.replace("roi_heads.res5", "backbone.res5") for k in residual}
