@@ -3,7 +3,6 @@ quick data sets. Without detectron2 only these parts work: ``refbn_d2.norms`` (P
 ``refbn_d2.evaluation`` (neither PyTorch nor detectron2)."""
 
 import importlib
-import importlib.util
 import warnings
 
 __version__ = "0.1.0"
@@ -29,28 +28,23 @@ _HOME = {
 # Modules of version 0.1 by the names they had.
 _MOVED = {"reference": "statistics.reference"}
 
-_INSTALL = (
-    "refbn_d2 needs detectron2, which is not installed. Install it with: pip install "
-    "--no-build-isolation git+https://github.com/facebookresearch/detectron2.git"
-    "@02b5c4e295e990042a714712c21dc79b731e8833 (or run `make setup`, which also works with PyPI "
-    "alone). Without it, only refbn_d2.norms and refbn_d2.evaluation work."
-)
-
 
 def __getattr__(name: str):
     if name in _MOVED:
         return importlib.import_module(f"{__name__}.{_MOVED[name]}")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    except ModuleNotFoundError as e:
-        if e.name != "detectron2":
-            raise
-        raise ModuleNotFoundError(_INSTALL, name="detectron2") from None
+    if _HOME[name] != "norms":
+        importlib.import_module(f"{__name__}.upstream")  # says so if detectron2 is missing
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
 
 
-if importlib.util.find_spec("detectron2") is not None:
+try:
+    import detectron2  # noqa: F401
+except ModuleNotFoundError as e:
+    if e.name != "detectron2":
+        raise
+else:
     with warnings.catch_warnings():
         # detectron2 and fvcore meet it when they are imported; no user of theirs can act on it.
         warnings.filterwarnings("ignore", ".*torch.jit.script. is deprecated", FutureWarning)

@@ -192,7 +192,7 @@ def _median_ratio(values: Sequence[float], yardstick: Sequence[float]) -> float:
 
 _CHILD = """
 import sys
-from .norm_cost import _serve
+from refbn_d2.benchmarks.norm_cost import _serve
 _serve(*sys.argv[1:])
 """
 

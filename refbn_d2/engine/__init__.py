@@ -1,5 +1,6 @@
 """The training loop: the only place that knows detectron2's engine."""
 
+from .. import upstream  # noqa: F401  (says so if detectron2 is missing)
 from .command import train_command
 from .trainer import Trainer, setup
 
