@@ -20,8 +20,8 @@ from rich.table import Table
 
 from .. import classification  # noqa: F401  (registers its data sets)
 from ..errors import UserError, one_line_errors
-from ..experiments.matrix import Cell, load_matrix
-from ..experiments.plan import check_data, steps
+from ..experiments.matrix import RunSpec, load_matrix
+from ..experiments.plan import check_data, planned_trainings
 from ..experiments.runner import run_matrix
 
 MATRICES = Path(__file__).resolve().parents[2] / "configs/Matrix"
@@ -32,9 +32,9 @@ Mask R-CNN R50-C4 with FrozenBN (detectron2's model zoo). Live norms and small b
 newer GPUs less; evaluation comes on top. Nothing of this was measured here."""
 
 
-def show_plan(cells: List[Cell], output: Path, num_gpus: int) -> None:
+def show_plan(specs: List[RunSpec], output: Path, num_gpus: int) -> None:
     """Prints the steps; how long they take only where the published numbers say something."""
-    plan = steps(cells, output)
+    plan = planned_trainings(specs, output)
     table = Table("step", "images seen", "V100 hours", "folder", "", box=None)
     for column in (1, 2):
         table.columns[column].justify = "right"
@@ -102,15 +102,15 @@ def main() -> None:
     num_gpus = args.num_gpus if args.num_gpus is not None else 0 if args.miniature else 8
     jobs = args.jobs if args.jobs is not None else 2 if args.miniature else 1
     output = args.output or Path("output", matrix.stem)
-    cells = load_matrix(str(matrix))
+    specs = load_matrix(str(matrix))
     if args.seeds:
-        cells = list(
-            dict.fromkeys(dataclasses.replace(c, seed=s) for s in args.seeds for c in cells)
+        specs = list(
+            dict.fromkeys(dataclasses.replace(c, seed=s) for s in args.seeds for c in specs)
         )
     if args.dry_run:
-        return show_plan(cells, output, num_gpus)
-    check_data(cells)
-    records = run_matrix(cells, output, num_gpus, jobs)
+        return show_plan(specs, output, num_gpus)
+    check_data(specs)
+    records = run_matrix(specs, output, num_gpus, jobs)
     print("\n".join(map(str, report(output))))
     failed = sum(record["status"] != "finished" for record in records)
     if failed:

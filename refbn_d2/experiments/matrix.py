@@ -12,28 +12,29 @@ from ..config import load_config
 from ..errors import UserError
 from ..io import yaml as plain_yaml
 from ..io.coco import is_int, is_number
+from ..registry import known_norms
 
-__all__ = ["Cell", "load_matrix"]
+__all__ = ["RunSpec", "load_matrix"]
 
 _KEYS = {"DETECTOR", "CLASSIFIER", "NORMS", "SEEDS", "IMS_PER_BATCH", "GROUPING_STRENGTH", "OPTS"}
 _KEYS |= {"CLASSIFIER_OPTS", "PROTOCOL"}
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One run.
+class RunSpec:
+    """What one run of a matrix is to be: a detector, and the pretraining that it starts from.
 
     Attributes:
         name: under which its results are reported.
-        norm: as in the names of the config files.
+        norm: norm type of the detector's backbone, as in NORM.
         pretrained: the norm that the backbone was pretrained with.
         seed: SEED of pretraining and training.
         config: config file of the detector.
         classifier: config file of the pretraining, or None to start from MODEL.WEIGHTS.
         ims_per_batch: SOLVER.IMS_PER_BATCH, over all processes.
         grouping: DATALOADER.GROUPING_STRENGTH, 0 for i.i.d. batches.
-        opts: further KEY VALUE pairs for the detector.
-        pretraining_opts: further KEY VALUE pairs for the pretraining.
+        opts: KEY VALUE pairs for the detector, its norm among them.
+        pretraining_opts: KEY VALUE pairs for the pretraining, its norm among them.
         protocol: how norms are compared, in words; runs are compared within one protocol. May be
             empty.
     """
@@ -108,38 +109,38 @@ def _fingerprint(config: str, opts: List[str]) -> str:
     return hashlib.sha256(load_config(config, opts).dump().encode()).hexdigest()[:16]
 
 
-def load_matrix(path: str) -> List[Cell]:
+def load_matrix(path: str) -> List[RunSpec]:
     """Reads a matrix file: the product of the axes below, or a list of such products.
 
-    Their keys, config paths relative to the file: DETECTOR and CLASSIFIER (optional), with {norm}
-    or {pretrained} in lower case; NORMS, a list of norm types or of {name, norm, pretrained, opts};
-    lists SEEDS, IMS_PER_BATCH, GROUPING_STRENGTH; OPTS and CLASSIFIER_OPTS, KEY VALUE pairs for all
-    runs and all pretraining; PROTOCOL, the name of the product where there are several.
+    Their keys, config paths relative to the file: DETECTOR and CLASSIFIER (optional), config files
+    whose norm is replaced; NORMS, a list of norm types or of {name, norm, pretrained, opts}; lists
+    SEEDS, IMS_PER_BATCH, GROUPING_STRENGTH; OPTS and CLASSIFIER_OPTS, KEY VALUE pairs for all runs
+    and all pretraining; PROTOCOL, the name of the product where there are several.
 
     Raises:
-        UserError: the file is missing, malformed, or names a config that does not exist.
+        UserError: the file is missing, malformed, or names a config or a norm that does not exist.
     """
     matrix = plain_yaml.read(path)
-    cells = []
+    specs = []
     for part in matrix if isinstance(matrix, list) else [matrix]:
         if not isinstance(part, dict) or not {"DETECTOR", "NORMS"} <= set(part) <= _KEYS:
             keys = ", ".join(sorted(_KEYS))
             raise UserError(f"matrix {path}: needs DETECTOR and NORMS, and may have {keys}")
         _check_part(path, part)
-        cells += _cells(path, part)
-    folders = [c.folder for c in cells]
+        specs += _specs(path, part)
+    folders = [c.folder for c in specs]
     if len(set(folders)) < len(folders):
         raise UserError(
             f"matrix {path}: two runs have the same protocol, name, seed, batch and grouping"
         )
-    stages: Dict[Path, Cell] = {}
-    for cell in (c for c in cells if c.classifier):
-        first = stages.setdefault(cell.classifier_folder, cell)
-        if first.pretraining != cell.pretraining:
+    stages: Dict[Path, RunSpec] = {}
+    for spec in (c for c in specs if c.classifier):
+        first = stages.setdefault(spec.classifier_folder, spec)
+        if first.pretraining != spec.pretraining:
             raise UserError(
-                f"matrix {path}: {cell.pretrained} is pretrained in two ways; use two matrices"
+                f"matrix {path}: {spec.pretrained} is pretrained in two ways; use two matrices"
             )
-    return cells
+    return specs
 
 
 # What each value of an axis must be, and how to say so.
@@ -185,42 +186,65 @@ def _check_part(path: str, part: Dict[str, Any]) -> None:
         raise UserError(f"matrix {path}: is of {runs} runs: use fewer than {_MAX_RUNS}")
 
 
-def _cells(path: str, matrix: Dict[str, Any]) -> List[Cell]:
+def _specs(path: str, matrix: Dict[str, Any]) -> List[RunSpec]:
     folder = Path(path).parent
-    cells = []
+    detector = _config_file(path, "DETECTOR", folder / matrix["DETECTOR"])
+    classifier = None
+    if "CLASSIFIER" in matrix:
+        classifier = _config_file(path, "CLASSIFIER", folder / matrix["CLASSIFIER"])
+    variants = []
+    for entry in matrix["NORMS"]:
+        entry = {"norm": entry} if isinstance(entry, str) else entry
+        norm, pretrained = entry["norm"], entry.get("pretrained", entry["norm"])
+        opts = [*matrix.get("OPTS", []), *entry.get("opts", [])]
+        opts = _with_norm(path, detector, opts, norm)
+        pretraining_opts: Tuple[str, ...] = ()
+        if classifier:
+            options = matrix.get("CLASSIFIER_OPTS", [])
+            pretraining_opts = _with_norm(path, classifier, options, pretrained)
+        variant = {
+            "name": entry.get("name", norm or "none"),
+            "norm": norm,
+            "pretrained": pretrained,
+            "opts": opts,
+            "pretraining_opts": pretraining_opts,
+        }
+        variants.append((variant, load_config(detector, list(opts)).SOLVER.IMS_PER_BATCH))
     axes = itertools.product(
         matrix.get("SEEDS", [1]),
         matrix.get("GROUPING_STRENGTH", [0.0]),
         matrix.get("IMS_PER_BATCH", [None]),
-        matrix["NORMS"],
+        variants,
     )
-    for seed, grouping, ims_per_batch, entry in axes:
-        entry = {"name": entry, "norm": entry} if isinstance(entry, str) else entry
-        norm = entry["norm"]
-        pretrained = entry.get("pretrained", norm)
-        files = {}
-        for key, kind in (("DETECTOR", norm), ("CLASSIFIER", pretrained)):
-            if key in matrix:
-                file = matrix[key].replace("{norm}", kind.lower())
-                file = folder / file.replace("{pretrained}", pretrained.lower())
-                if not file.is_file():
-                    raise UserError(f"matrix {path}: {key} of norm {kind}: {file} does not exist")
-                files[key] = str(file)
-        opts = tuple(str(o) for o in [*matrix.get("OPTS", []), *entry.get("opts", [])])
-        default = load_config(files["DETECTOR"], list(opts)).SOLVER.IMS_PER_BATCH
-        cells.append(
-            Cell(
-                name=entry.get("name", norm),
-                norm=norm,
-                pretrained=pretrained,
-                seed=int(seed),
-                config=files["DETECTOR"],
-                classifier=files.get("CLASSIFIER"),
-                ims_per_batch=int(ims_per_batch or default),
-                grouping=float(grouping),
-                opts=opts,
-                pretraining_opts=tuple(str(o) for o in matrix.get("CLASSIFIER_OPTS", [])),
-                protocol=matrix.get("PROTOCOL", ""),
-            )
+    return [
+        RunSpec(
+            seed=int(seed),
+            config=detector,
+            classifier=classifier,
+            ims_per_batch=int(ims_per_batch or default),
+            grouping=float(grouping),
+            protocol=matrix.get("PROTOCOL", ""),
+            **variant,
         )
-    return cells
+        for seed, grouping, ims_per_batch, (variant, default) in axes
+    ]
+
+
+def _config_file(path: str, key: str, file: Path) -> str:
+    if not file.is_file():
+        hint = "; give one config file, the norm is set in it" if "{" in file.name else ""
+        raise UserError(f"matrix {path}: {key}: {file} does not exist{hint}")
+    return str(file)
+
+
+def _with_norm(path: str, config: str, opts: List[Any], norm: str) -> Tuple[str, ...]:
+    """KEY VALUE pairs ``opts`` and the one that gives the config's backbone ``norm``."""
+    if norm and norm not in known_norms():
+        raise UserError(
+            f"matrix {path}: unknown norm {norm!r}: known are {', '.join(known_norms())}"
+        )
+    own_network = load_config(config).MODEL.META_ARCHITECTURE == "TorchvisionClassifier"
+    key = "MODEL.CLASSIFIER.NORM" if own_network else "MODEL.RESNETS.NORM"
+    if key in opts:
+        raise UserError(f"matrix {path}: {key} is not an option here: use NORMS")
+    return (*map(str, opts), key, norm)

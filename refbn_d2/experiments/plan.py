@@ -11,10 +11,10 @@ from detectron2.utils.file_io import PathManager
 from ..config import load_config
 from ..data.errors import dataset_errors
 from ..errors import UserError
-from .matrix import Cell
+from .matrix import RunSpec
 from .runner import is_finished, is_pretrained
 
-__all__ = ["Step", "check_data", "steps"]
+__all__ = ["PlannedTraining", "check_data", "planned_trainings"]
 
 # Images a second that one V100 trains on, as published for eight of them. detectron2's model zoo,
 # Mask R-CNN R50-C4 1x with FrozenBN: 0.584 s for 16 images. NVIDIA's DeepLearningExamples, PyTorch
@@ -24,7 +24,7 @@ _CLASSIFIER_RATE = {False: 2855 / 8, True: 8322 / 8}
 
 
 @dataclass(frozen=True)
-class Step:
+class PlannedTraining:
     """One training of a matrix.
 
     Attributes:
@@ -42,32 +42,32 @@ class Step:
     finished: bool
 
 
-def steps(cells: List[Cell], output: Path) -> List[Step]:
+def planned_trainings(specs: List[RunSpec], output: Path) -> List[PlannedTraining]:
     """The steps of ``run_matrix``, in its order."""
     found = []
-    stages: Dict[Path, Cell] = {c.classifier_folder: c for c in cells if c.classifier}
-    for folder, cell in stages.items():
-        cfg = load_config(cell.classifier, cell.classifier_opts())
-        what = f"pretrain {cell.pretrained}, seed {cell.seed}, and convert"
-        done = is_pretrained(cell, output)
+    stages: Dict[Path, RunSpec] = {c.classifier_folder: c for c in specs if c.classifier}
+    for folder, spec in stages.items():
+        cfg = load_config(spec.classifier, spec.classifier_opts())
+        what = f"pretrain {spec.pretrained}, seed {spec.seed}, and convert"
+        done = is_pretrained(spec, output)
         rate = _CLASSIFIER_RATE[cfg.SOLVER.AMP.ENABLED]
-        found.append(_step(what, output / folder, cfg, rate, done))
-    for cell in cells:
-        cfg = load_config(cell.config, cell.detector_opts())
-        protocol = f" ({cell.protocol})" if cell.protocol else ""
-        what = f"train detector {cell.name}{protocol}, seed {cell.seed}"
+        found.append(_planned(what, output / folder, cfg, rate, done))
+    for spec in specs:
+        cfg = load_config(spec.config, spec.detector_opts())
+        protocol = f" ({spec.protocol})" if spec.protocol else ""
+        what = f"train detector {spec.name}{protocol}, seed {spec.seed}"
         found.append(
-            _step(what, output / cell.folder, cfg, _DETECTOR_RATE, is_finished(cell, output))
+            _planned(what, output / spec.folder, cfg, _DETECTOR_RATE, is_finished(spec, output))
         )
     return found
 
 
-def _step(what: str, folder: Path, cfg: CfgNode, rate: float, finished: bool) -> Step:
+def _planned(what: str, folder: Path, cfg: CfgNode, rate: float, finished: bool) -> PlannedTraining:
     images = cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH
-    return Step(what, folder, images, images / rate / 3600, finished)
+    return PlannedTraining(what, folder, images, images / rate / 3600, finished)
 
 
-def check_data(cells: List[Cell]) -> None:
+def check_data(specs: List[RunSpec]) -> None:
     """Makes sure that data sets and weights are there before hours are spent.
 
     Weights behind a URL are downloaded, to where detectron2 keeps them.
@@ -75,8 +75,8 @@ def check_data(cells: List[Cell]) -> None:
     Raises:
         UserError: naming the first that is not.
     """
-    configs = {(c.config, *c.detector_opts()): not c.classifier for c in cells}
-    configs.update({(c.classifier, *c.classifier_opts()): True for c in cells if c.classifier})
+    configs = {(c.config, *c.detector_opts()): not c.classifier for c in specs}
+    configs.update({(c.classifier, *c.classifier_opts()): True for c in specs if c.classifier})
     names: Dict[str, None] = {}
     weights: Dict[str, None] = {}
     for (file, *opts), reads_weights in configs.items():

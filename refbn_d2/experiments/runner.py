@@ -17,7 +17,7 @@ from ..config import load_config
 from ..errors import UserError
 from ..io.atomic import atomic_write
 from ..io.json import read_json
-from .matrix import Cell
+from .matrix import RunSpec
 
 __all__ = ["is_finished", "is_pretrained", "run_matrix"]
 
@@ -35,19 +35,19 @@ _BACKBONE = "backbone.pth"
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
 
 
-def is_pretrained(cell: Cell, output: Path) -> bool:
-    """Whether the backbone that the cell starts from is trained and converted."""
-    return (output / cell.classifier_folder / _BACKBONE).exists()
+def is_pretrained(spec: RunSpec, output: Path) -> bool:
+    """Whether the backbone that the spec starts from is trained and converted."""
+    return (output / spec.classifier_folder / _BACKBONE).exists()
 
 
-def is_finished(cell: Cell, output: Path) -> bool:
-    """Whether the cell is trained and evaluated."""
-    file = output / cell.folder / "run.json"
+def is_finished(spec: RunSpec, output: Path) -> bool:
+    """Whether the spec is trained and evaluated."""
+    file = output / spec.folder / "run.json"
     return file.exists() and _read(file).get("status") == "finished"
 
 
 class _Failed(Exception):
-    """A step of a cell failed; the message is one line."""
+    """A step of a spec failed; the message is one line."""
 
 
 class _Runner:
@@ -64,12 +64,12 @@ class _Runner:
             if child.poll() is None:
                 child.terminate()
 
-    def check(self, cell: Cell) -> None:
-        """Raises a UserError if the output folder holds the cell with other settings."""
-        settings = cell.settings()
+    def check(self, spec: RunSpec) -> None:
+        """Raises a UserError if the output folder holds the spec with other settings."""
+        settings = spec.settings()
         for file, keys in (
-            (self._output / cell.folder / "run.json", ("detector", "pretraining")),
-            (self._output / cell.classifier_folder / "pretraining.json", ("pretraining",)),
+            (self._output / spec.folder / "run.json", ("detector", "pretraining")),
+            (self._output / spec.classifier_folder / "pretraining.json", ("pretraining",)),
         ):
             before = _read(file).get("settings") if file.exists() else settings
             if not isinstance(before, dict) or any(before.get(k) != settings[k] for k in keys):
@@ -115,13 +115,13 @@ class _Runner:
         finally:
             self._progress.remove_task(task)
 
-    def pretrain(self, cell: Cell) -> None:
-        folder = self._output / cell.classifier_folder
-        if self._stop.is_set() or is_pretrained(cell, self._output):
+    def pretrain(self, spec: RunSpec) -> None:
+        folder = self._output / spec.classifier_folder
+        if self._stop.is_set() or is_pretrained(spec, self._output):
             return
-        _write(folder / "pretraining.json", {"settings": cell.settings()})
-        label = f"pretraining {cell.pretrained}, seed {cell.seed}"
-        self._train(_TRAIN_CLASSIFIER, cell.classifier, folder, cell.classifier_opts(), label)
+        _write(folder / "pretraining.json", {"settings": spec.settings()})
+        label = f"pretraining {spec.pretrained}, seed {spec.seed}"
+        self._train(_TRAIN_CLASSIFIER, spec.classifier, folder, spec.classifier_opts(), label)
         from ..weights.convert import convert  # which stands above the engine
 
         try:
@@ -129,25 +129,25 @@ class _Runner:
         except UserError as e:
             raise _Failed(str(e)) from None
 
-    def detect(self, cell: Cell, pretraining_error: Optional[str]) -> Dict[str, Any]:
-        folder = self._output / cell.folder
+    def detect(self, spec: RunSpec, pretraining_error: Optional[str]) -> Dict[str, Any]:
+        folder = self._output / spec.folder
         file = folder / "run.json"
-        record = _record(cell)
-        if is_finished(cell, self._output):
+        record = _record(spec)
+        if is_finished(spec, self._output):
             return _read(file)
         if self._stop.is_set():
             return {**record, "status": "interrupted"}
         _write(file, {**record, "status": "running"})
-        opts = cell.detector_opts()
-        if cell.classifier:
-            weights = self._output / cell.classifier_folder / _BACKBONE
+        opts = spec.detector_opts()
+        if spec.classifier:
+            weights = self._output / spec.classifier_folder / _BACKBONE
             opts += ["MODEL.WEIGHTS", str(weights)]
         try:
             if pretraining_error:
                 raise _Failed(pretraining_error)
-            protocol = f"{cell.protocol}, " if cell.protocol else ""
-            label = f"{protocol}{cell.name}, batch {cell.ims_per_batch}, grouping {cell.grouping:g}"
-            self._train(_TRAIN_NET, cell.config, folder, opts, f"{label}, seed {cell.seed}")
+            protocol = f"{spec.protocol}, " if spec.protocol else ""
+            label = f"{protocol}{spec.name}, batch {spec.ims_per_batch}, grouping {spec.grouping:g}"
+            self._train(_TRAIN_NET, spec.config, folder, opts, f"{label}, seed {spec.seed}")
             record["status"] = "finished"
         except _Failed as e:
             record.update(status="interrupted" if self._stop.is_set() else "failed", error=str(e))
@@ -163,19 +163,19 @@ def _last_iteration(metrics: Path) -> int:
         return 0
 
 
-def _record(cell: Cell) -> Dict[str, Any]:
-    cfg = load_config(cell.config, cell.detector_opts())
+def _record(spec: RunSpec) -> Dict[str, Any]:
+    cfg = load_config(spec.config, spec.detector_opts())
     metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
     return {
-        "name": cell.name,
-        "norm": cell.norm,
-        "seed": cell.seed,
-        "ims_per_batch": cell.ims_per_batch,
-        "grouping": cell.grouping,
-        **({"protocol": cell.protocol} if cell.protocol else {}),
+        "name": spec.name,
+        "norm": spec.norm,
+        "seed": spec.seed,
+        "ims_per_batch": spec.ims_per_batch,
+        "grouping": spec.grouping,
+        **({"protocol": spec.protocol} if spec.protocol else {}),
         "gt": metadata.get("json_file"),
         "image_root": metadata.get("image_root"),
-        "settings": cell.settings(),
+        "settings": spec.settings(),
     }
 
 
@@ -195,23 +195,25 @@ def _write(path: Path, record: Dict[str, Any]) -> None:
         raise UserError(f"{path} cannot be written: {e.strerror}") from None
 
 
-def run_matrix(cells: List[Cell], output: Path, num_gpus: int, jobs: int) -> List[Dict[str, Any]]:
+def run_matrix(
+    specs: List[RunSpec], output: Path, num_gpus: int, jobs: int
+) -> List[Dict[str, Any]]:
     """Runs what is not finished yet, ``jobs`` runs at a time, each in a process of its own.
 
-    Interrupted, it can be called again and goes on: finished cells are skipped, started ones
-    resume from their last checkpoint. A cell that fails is recorded as failed, the others go on.
+    Interrupted, it can be called again and goes on: finished specs are skipped, started ones
+    resume from their last checkpoint. A spec that fails is recorded as failed, the others go on.
 
     Args:
-        cells: see :func:`load_matrix`.
-        output: folder; each cell has one of its own below it, with a ``run.json``.
+        specs: see :func:`load_matrix`.
+        output: folder; each spec has one of its own below it, with a ``run.json``.
         num_gpus: per run; 0 for the CPU.
         jobs: runs at a time, which share the cores.
 
     Returns:
-        The record of each cell, as in its ``run.json``.
+        The record of each spec, as in its ``run.json``.
 
     Raises:
-        UserError: ``output`` holds one of the cells with another config, or jobs would share GPUs.
+        UserError: ``output`` holds one of the specs with another config, or jobs would share GPUs.
     """
     if jobs > 1 and num_gpus > 0:
         raise UserError(f"--jobs {jobs} with --num-gpus {num_gpus}: with GPUs, one run at a time")
@@ -224,29 +226,29 @@ def run_matrix(cells: List[Cell], output: Path, num_gpus: int, jobs: int) -> Lis
     )
     with Progress(*columns, console=console) as progress, ThreadPoolExecutor(jobs) as pool:
         runner = _Runner(output, num_gpus, jobs, progress)
-        for cell in cells:
-            runner.check(cell)
-        stages = {c.classifier_folder: c for c in cells if c.classifier}
-        overall = progress.add_task("all runs", total=len(cells) + len(stages))
+        for spec in specs:
+            runner.check(spec)
+        stages = {c.classifier_folder: c for c in specs if c.classifier}
+        overall = progress.add_task("all runs", total=len(specs) + len(stages))
 
-        def pretrain(cell: Cell) -> Optional[str]:
+        def pretrain(spec: RunSpec) -> Optional[str]:
             try:
-                runner.pretrain(cell)
+                runner.pretrain(spec)
             except _Failed as e:
                 return f"pretraining failed: {e}"
             finally:
                 progress.advance(overall)
             return None
 
-        def detect(cell: Cell, error: Optional[str]) -> Dict[str, Any]:
-            record = runner.detect(cell, error)
+        def detect(spec: RunSpec, error: Optional[str]) -> Dict[str, Any]:
+            record = runner.detect(spec, error)
             progress.advance(overall)
-            console.print(f"{record['status']}: {cell.folder} {record.get('error', '')}")
+            console.print(f"{record['status']}: {spec.folder} {record.get('error', '')}")
             return record
 
         try:
             errors = dict(zip(stages, pool.map(pretrain, stages.values())))
-            return list(pool.map(detect, cells, [errors.get(c.classifier_folder) for c in cells]))
+            return list(pool.map(detect, specs, [errors.get(c.classifier_folder) for c in specs]))
         except BaseException:
             runner.stop()
             raise

@@ -225,7 +225,7 @@ def test_matrices(case, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["..", "../..", "/etc", "../../x", ".hidden", "a/../../b"])
 def test_a_name_in_a_matrix_is_no_path(name, tmp_path):
     write(tmp_path, f"_BASE_: {tiny.CONFIG}\n", "base.yaml")
-    norms = f"[{{norm: BN, name: '{name}', pretrained: '{name}'}}]"
+    norms = f"[{{norm: BN, name: '{name}'}}]"
     (cell,) = load_matrix(write(tmp_path, matrix(NORMS=norms)))
     for folder, depth in ((cell.folder, 3), (cell.classifier_folder, 3)):
         whole = (tmp_path / "output" / folder).resolve()

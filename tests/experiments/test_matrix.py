@@ -1,4 +1,4 @@
-"""Running a matrix: what its cells are, what is skipped, resumed, and survived."""
+"""Running a matrix: what its specs are, what is skipped, resumed, and survived."""
 
 import json
 import subprocess
@@ -12,9 +12,11 @@ from refbn_d2.config import load_config
 from refbn_d2.errors import UserError
 from refbn_d2.evaluation.runs import find_runs
 from refbn_d2.experiments.matrix import load_matrix
+from refbn_d2.registry import known_norms
 
 QUICK = tiny.ROOT / "configs/Quick"
-DETECTOR = str(QUICK / "mask_rcnn_R_50_C4_quick_{norm}.yaml")
+DETECTOR = str(QUICK / "Base-mask_rcnn_R_50_C4_quick.yaml")
+CLASSIFIER = str(QUICK / "Base-classifier.yaml")
 
 
 def _matrix(folder, **content):
@@ -24,19 +26,19 @@ def _matrix(folder, **content):
 
 
 def test_cells_are_the_product_of_the_axes(tmp_path):
-    cells = load_matrix(
+    specs = load_matrix(
         _matrix(tmp_path, SEEDS=[1, 2], IMS_PER_BATCH=[2, 4, 8], GROUPING_STRENGTH=[0.0, 1.0])
     )
-    axes = {(c.norm, c.seed, c.ims_per_batch, c.grouping) for c in cells}
-    assert len(cells) == len(axes) == 2 * 2 * 3 * 2
-    assert len({c.folder for c in cells}) == len(cells)
+    axes = {(c.norm, c.seed, c.ims_per_batch, c.grouping) for c in specs}
+    assert len(specs) == len(axes) == 2 * 2 * 3 * 2
+    assert len({c.folder for c in specs}) == len(specs)
 
 
 @pytest.mark.parametrize("images", [1, 2, 4, 8])
 def test_every_run_sees_the_same_number_of_images(tmp_path, images):
-    (cell,) = load_matrix(_matrix(tmp_path, NORMS=["BN"], IMS_PER_BATCH=[images]))
-    solver = load_config(cell.config, cell.detector_opts()).SOLVER
-    base = load_config(cell.config).SOLVER
+    (spec,) = load_matrix(_matrix(tmp_path, NORMS=["BN"], IMS_PER_BATCH=[images]))
+    solver = load_config(spec.config, spec.detector_opts()).SOLVER
+    base = load_config(spec.config).SOLVER
     assert solver.IMS_PER_BATCH == images
     assert solver.IMS_PER_BATCH * solver.MAX_ITER == base.IMS_PER_BATCH * base.MAX_ITER
     assert solver.BASE_LR / images == pytest.approx(base.BASE_LR / base.IMS_PER_BATCH)
@@ -49,18 +51,20 @@ def test_an_entry_can_have_a_name_other_weights_and_options(tmp_path):
         "pretrained": "BN",
         "opts": ["SOLVER.MAX_ITER", 3],
     }
-    classifier = str(QUICK / "classifier_{norm}.yaml")
-    (cell,) = load_matrix(_matrix(tmp_path, NORMS=[entry], CLASSIFIER=classifier))
-    cfg = load_config(cell.config, cell.detector_opts())
+    (spec,) = load_matrix(_matrix(tmp_path, NORMS=[entry], CLASSIFIER=CLASSIFIER))
+    cfg = load_config(spec.config, spec.detector_opts())
     assert cfg.MODEL.RESNETS.NORM == "FrozenBN" and cfg.SOLVER.MAX_ITER == 3
-    assert cell.classifier.endswith("classifier_bn.yaml")
-    assert cell.name == "frozen, 3 steps" and " " not in str(cell.folder)
+    assert load_config(spec.classifier, spec.classifier_opts()).MODEL.RESNETS.NORM == "BN"
+    assert spec.name == "frozen, 3 steps" and " " not in str(spec.folder)
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
-        ({"NORMS": ["Nonsense"]}, "nonsense.yaml does not exist"),
+        ({"NORMS": ["Nonsense"]}, "unknown norm 'Nonsense': known are BN, "),
+        ({"NORMS": [{"norm": "BN", "pretrained": "GN-8"}], "CLASSIFIER": CLASSIFIER}, "'GN-8'"),
+        ({"DETECTOR": "leaf_{norm}.yaml"}, "leaf_{norm}.yaml does not exist; give one config file"),
+        ({"OPTS": ["MODEL.RESNETS.NORM", "BN"]}, "NORM is not an option here: use NORMS"),
         ({"NORM": ["BN"]}, "may have"),
         ({"NORMS": ["BN", "BN"]}, "same protocol, name"),
         ({"NORMS": "BN"}, "NORMS is 'BN'"),
@@ -79,14 +83,14 @@ def test_a_mistake_in_the_matrix(tmp_path, content, message):
 
 def test_protocols_are_kept_apart(tmp_path):
     """The same norm and seed twice: in other folders, under other conditions, once pretrained."""
-    classifier = str(QUICK / "classifier_{norm}.yaml")
-    frozen = str(QUICK / "mask_rcnn_R_50_C4_quick_frozen{pretrained}.yaml")
-    common = {"CLASSIFIER": classifier, "CLASSIFIER_OPTS": ["SOLVER.MAX_ITER", 3]}
+    frozen = tmp_path / "frozen.yaml"
+    frozen.write_text(f'_BASE_: "{DETECTOR}"\nMODEL: {{BACKBONE: {{FREEZE_AT: 2}}}}\n')
+    common = {"CLASSIFIER": CLASSIFIER, "CLASSIFIER_OPTS": ["SOLVER.MAX_ITER", 3]}
     parts = [
         {"PROTOCOL": "B", "DETECTOR": DETECTOR, "NORMS": ["BN"], **common},
         {
             "PROTOCOL": "A, frozen",
-            "DETECTOR": frozen,
+            "DETECTOR": "frozen.yaml",
             "NORMS": [{"name": "BN", "norm": "FrozenBN", "pretrained": "BN"}],
             **common,
         },
@@ -94,7 +98,8 @@ def test_protocols_are_kept_apart(tmp_path):
     path = tmp_path / "matrix.yaml"
     path.write_text(yaml.safe_dump(parts))
     b, a = load_matrix(str(path))
-    assert a.config.endswith("quick_frozenbn.yaml") and b.config.endswith("quick_bn.yaml")
+    assert load_config(a.config, a.detector_opts()).MODEL.BACKBONE.FREEZE_AT == 2
+    assert load_config(b.config, b.detector_opts()).MODEL.BACKBONE.FREEZE_AT == 0
     assert a.folder != b.folder and str(a.folder).startswith("A_frozen/BN/")
     assert a.classifier_folder == b.classifier_folder
     assert load_config(a.classifier, a.classifier_opts()).SOLVER.MAX_ITER == 3
@@ -105,8 +110,23 @@ def test_protocols_are_kept_apart(tmp_path):
 
 
 def test_without_a_protocol_folders_are_what_they_were(tmp_path):
-    (cell,) = load_matrix(_matrix(tmp_path, NORMS=["BN"], IMS_PER_BATCH=[2]))
-    assert str(cell.folder) == "BN/batch2_grouping0/seed1"
+    (spec,) = load_matrix(_matrix(tmp_path, NORMS=["BN"], IMS_PER_BATCH=[2]))
+    assert str(spec.folder) == "BN/batch2_grouping0/seed1"
+
+
+@pytest.mark.parametrize(
+    "classifier, key",
+    [(CLASSIFIER, "RESNETS"), (str(tiny.ROOT / "configs/ImageNet/Base-paper.yaml"), "CLASSIFIER")],
+)
+def test_the_matrix_sets_the_norm_in_any_config(tmp_path, classifier, key):
+    """Every known norm on one file, also one that the file does not have."""
+    norms = known_norms()
+    specs = load_matrix(_matrix(tmp_path, NORMS=norms, CLASSIFIER=classifier))
+    assert [s.name for s in specs] == norms and len({s.folder for s in specs}) == len(norms)
+    for spec, norm in zip(specs, norms):
+        detector = load_config(spec.config, spec.detector_opts()).MODEL
+        pretraining = load_config(spec.classifier, spec.classifier_opts()).MODEL
+        assert detector.RESNETS.NORM == pretraining[key].NORM == norm
 
 
 def test_a_missing_or_malformed_matrix(tmp_path):
@@ -118,7 +138,7 @@ def test_a_missing_or_malformed_matrix(tmp_path):
 
 
 def test_run_skips_what_is_finished_and_survives_what_fails(tmp_path):
-    """One cell works, one has an impossible option; the second call has nothing left but that."""
+    """One run works, one has an impossible option; the second call has nothing left but that."""
     small = ["SOLVER.MAX_ITER", 2, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 8]
     small += ["INPUT.MIN_SIZE_TRAIN", "(32,)", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 4]
     small += ["TEST.DETECTIONS_PER_IMAGE", 1, "INPUT.MIN_SIZE_TEST", 32]
@@ -126,12 +146,12 @@ def test_run_skips_what_is_finished_and_survives_what_fails(tmp_path):
         {"name": "works", "norm": "RefBN"},
         {"name": "fails", "norm": "RefBN", "opts": ["DATASETS.TRAIN", "('no_such_set',)"]},
     ]
-    classifier = tmp_path / "classifier_refbn.yaml"
+    classifier = tmp_path / "classifier.yaml"
     classifier.write_text(
-        f'_BASE_: "{QUICK / "classifier_refbn.yaml"}"\n'
+        f'_BASE_: "{CLASSIFIER}"\n'
         "SOLVER: {MAX_ITER: 1, IMS_PER_BATCH: 4}\nDATASETS: {TEST: ()}\n"
     )
-    matrix = _matrix(tmp_path, NORMS=norms, OPTS=small, CLASSIFIER="classifier_{norm}.yaml")
+    matrix = _matrix(tmp_path, NORMS=norms, OPTS=small, CLASSIFIER="classifier.yaml")
     output = tmp_path / "out"
     command = [sys.executable, str(tiny.ROOT / "tools/compare.py"), "run", matrix]
     command += ["--output", str(output), "--jobs", "2"]
@@ -155,7 +175,7 @@ def test_run_skips_what_is_finished_and_survives_what_fails(tmp_path):
     assert set(runs) == {"works", "fails"} and not runs["works"] and "no_such_set" in runs["fails"]
 
     opts = [*small, "SOLVER.BASE_LR", 0.01]
-    _matrix(tmp_path, NORMS=norms, OPTS=opts, CLASSIFIER="classifier_{norm}.yaml")
+    _matrix(tmp_path, NORMS=norms, OPTS=opts, CLASSIFIER="classifier.yaml")
     third = run()
     assert third.returncode == 1 and "a run of another config" in third.stderr
     assert results.stat().st_mtime_ns == before
@@ -164,8 +184,8 @@ def test_run_skips_what_is_finished_and_survives_what_fails(tmp_path):
 def test_settings_notice_a_change_in_a_base(tmp_path):
     base = tmp_path / "base.yaml"
     base.write_text("SOLVER:\n  MAX_ITER: 10\n")
-    (tmp_path / "leaf_bn.yaml").write_text('_BASE_: "base.yaml"\n')
-    matrix = _matrix(tmp_path, NORMS=["BN"], DETECTOR="leaf_{norm}.yaml")
+    (tmp_path / "leaf.yaml").write_text('_BASE_: "base.yaml"\n')
+    matrix = _matrix(tmp_path, NORMS=["BN"], DETECTOR="leaf.yaml")
     before = load_matrix(matrix)[0].settings()
     assert load_matrix(matrix)[0].settings() == before
     base.write_text("SOLVER:\n  MAX_ITER: 11\n")
