@@ -14,6 +14,7 @@ __all__ = [
     "capture_reference",
     "convert_norm",
     "fold_norms",
+    "get_config_file",
 ]
 
 # Public name -> the module that has it, imported when the name is first used.
@@ -24,6 +25,7 @@ _HOME = {
     "capture_reference": "statistics.reference",
     "convert_norm": "norms",
     "fold_norms": "norms",
+    "get_config_file": "config_files",
 }
 # Modules of version 0.1 by the names they had.
 _MOVED = {"reference": "statistics.reference"}

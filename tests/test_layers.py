@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "refbn_d2"
 # From the ground floor up. A part imports only from layers below its own, or from itself.
 LAYERS = [
     ["errors"],
+    ["config_files", "extras"],
     ["io"],
     ["evaluation", "norms", "rng"],
     ["upstream"],
@@ -22,6 +23,7 @@ LAYERS = [
     ["classification"],
     ["benchmarks", "experiments"],
     ["commands"],
+    ["__main__"],
 ]
 LEVEL = {part: n for n, parts in enumerate(LAYERS) for part in parts}
 

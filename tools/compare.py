@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Does the norm really help? Compares detectors that differ in their norm."""
+"""``refbn-d2 compare``, from a checkout."""
 
-from refbn_d2.commands.compare import main
+from refbn_d2.__main__ import run_command
 
 if __name__ == "__main__":
-    main()
+    run_command("compare")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Turns a ResNet's weights into a file that a detector starts from (MODEL.WEIGHTS), or back."""
+"""``refbn-d2 convert``, from a checkout."""
 
-from refbn_d2.commands.convert import main
+from refbn_d2.__main__ import run_command
 
 if __name__ == "__main__":
-    main()
+    run_command("convert")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""The paper's Table 3: pretrains, converts, trains detectors and writes the report."""
+"""``refbn-d2 reproduce-table3``, from a checkout."""
 
-from refbn_d2.commands.reproduce_table3 import main
+from refbn_d2.__main__ import run_command
 
 if __name__ == "__main__":
-    main()
+    run_command("reproduce-table3")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Trains or evaluates a detector; the command line is detectron2's own."""
+"""``refbn-d2 train``, from a checkout."""
 
-from refbn_d2.commands.train import main
+from refbn_d2.__main__ import run_command
 
 if __name__ == "__main__":
-    main()
+    run_command("train")

@@ -1,7 +1,9 @@
 """Trains or evaluates an image classifier; the command line is detectron2's own.
 
-    tools/train_classifier.py --config-file FILE --num-gpus 8 [--resume] [--eval-only] [KEY VALUE]
+    refbn-d2 classify --config-file FILE --num-gpus 8 [--resume] [--eval-only] [KEY VALUE ...]
 
+FILE is a path, or the name of a config that comes with the package, such as
+MNIST/lenet5_refbn.yaml.
 Without a GPU: --num-gpus 0 MODEL.DEVICE cpu
 """
 

@@ -11,13 +11,16 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..config_files import find_config
 from ..errors import UserError, one_line_errors
 from ..evaluation.inputs import IOU_TYPES
 
 
 def add_run(commands) -> None:
     parser = commands.add_parser("run", help="train and evaluate what a matrix file lists")
-    parser.add_argument("matrix", help="YAML; see configs/Matrix/quickstart.yaml")
+    parser.add_argument(
+        "matrix", help="YAML file, or Matrix/quickstart.yaml and others that come with the package"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder of the run folders")
     parser.add_argument("--num-gpus", type=int, default=0, help="of each run; 0 for the CPU")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, sharing the cores")
@@ -30,7 +33,9 @@ def run(args: argparse.Namespace) -> None:
 
     if args.jobs < 1:
         raise UserError(f"--jobs {args.jobs}: use at least 1")
-    records = run_matrix(load_matrix(args.matrix), args.output, args.num_gpus, args.jobs)
+    records = run_matrix(
+        load_matrix(find_config(args.matrix)), args.output, args.num_gpus, args.jobs
+    )
     failed = sum(record["status"] != "finished" for record in records)
     if failed:
         raise UserError(f"{failed} of {len(records)} runs did not finish; see above")

@@ -1,10 +1,10 @@
 """Turns a ResNet's weights into a file that a detector starts from (MODEL.WEIGHTS), or back.
 
-    tools/convert_backbone.py output/imagenet/refbn/model_final.pth backbone.pth
-    tools/convert_backbone.py resnet50.pth backbone.pth --frozen
-    tools/convert_backbone.py output/detector/model_final.pth resnet50.pth --to torchvision
+    refbn-d2 convert output/imagenet/refbn/model_final.pth backbone.pth
+    refbn-d2 convert resnet50.pth backbone.pth --frozen
+    refbn-d2 convert output/detector/model_final.pth resnet50.pth --to torchvision
 
-SRC is a checkpoint of tools/train_classifier.py or tools/train_net.py, a state dict of a ResNet of
+SRC is a checkpoint of `refbn-d2 classify` or `refbn-d2 train`, a state dict of a ResNet of
 torchvision or timm (.pth or .safetensors), or a detectron2 backbone (.pth, .pkl or detectron2://).
 It is read without running code from it.
 """

@@ -1,8 +1,8 @@
 """The paper's Table 3: pretrains, converts, trains detectors and writes the report.
 
-    tools/reproduce_table3.py --dry-run      what would be done, and about how long it takes
-    tools/reproduce_table3.py                8 GPUs, COCO and ImageNet below DETECTRON2_DATASETS
-    tools/reproduce_table3.py --miniature    every step in minutes on two CPU cores
+    refbn-d2 reproduce-table3 --dry-run      what would be done, and about how long it takes
+    refbn-d2 reproduce-table3                8 GPUs, COCO and ImageNet below DETECTRON2_DATASETS
+    refbn-d2 reproduce-table3 --miniature    every step in minutes on two CPU cores
 
 Protocol A freezes backbones that were pretrained with BN or RefBN; protocol B trains BN and RefBN
 in the detector. Interrupted, the same command goes on where it was. See docs/reproduce.md.
@@ -19,12 +19,13 @@ from rich.markdown import Markdown
 from rich.table import Table
 
 from .. import classification  # noqa: F401  (registers its data sets)
+from ..config_files import find_config
 from ..errors import UserError, one_line_errors
 from ..experiments.matrix import RunSpec, load_matrix
 from ..experiments.plan import check_data, planned_trainings
 from ..experiments.runner import run_matrix
 
-MATRICES = Path(__file__).resolve().parents[2] / "configs/Matrix"
+FULL, MINIATURE = "Matrix/table3.yaml", "Matrix/table3_miniature.yaml"
 BASELINE = "BN"
 ESTIMATE = """\
 Estimated from what is published for ResNet-50 in large batches (NVIDIA's DeepLearningExamples) and
@@ -79,12 +80,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument(
-        "--miniature", action="store_true", help="configs/Matrix/table3_miniature.yaml"
-    )
-    what.add_argument(
-        "--matrix", type=Path, default=MATRICES / "table3.yaml", help="default: %(default)s"
-    )
+    what.add_argument("--miniature", action="store_true", help=f"the matrix {MINIATURE}")
+    what.add_argument("--matrix", default=FULL, help="default: %(default)s")
     parser.add_argument(
         "--seeds", type=int, nargs="+", help="instead of the matrix's: for more, or for a share"
     )
@@ -98,11 +95,11 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="list the steps and stop")
     args = parser.parse_args()
 
-    matrix = MATRICES / "table3_miniature.yaml" if args.miniature else args.matrix
+    matrix = find_config(MINIATURE if args.miniature else args.matrix)
     num_gpus = args.num_gpus if args.num_gpus is not None else 0 if args.miniature else 8
     jobs = args.jobs if args.jobs is not None else 2 if args.miniature else 1
-    output = args.output or Path("output", matrix.stem)
-    specs = load_matrix(str(matrix))
+    output = args.output or Path("output", Path(matrix).stem)
+    specs = load_matrix(matrix)
     if args.seeds:
         specs = list(
             dict.fromkeys(dataclasses.replace(c, seed=s) for s in args.seeds for c in specs)

@@ -1,7 +1,9 @@
 """Trains or evaluates a detector; the command line is detectron2's own.
 
-    tools/train_net.py --config-file FILE --num-gpus 8 [--resume] [--eval-only] [KEY VALUE ...]
+    refbn-d2 train --config-file FILE --num-gpus 8 [--resume] [--eval-only] [KEY VALUE ...]
 
+FILE is a path, or the name of a config that comes with the package, such as
+COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x_refbn.yaml.
 Without a GPU: --num-gpus 0 MODEL.DEVICE cpu
 """
 

@@ -12,11 +12,12 @@ import tempfile
 from pathlib import Path
 from typing import Dict, List, Tuple
 
-import cv2
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from pycocotools import mask as mask_util
+
+from ..extras import needs_extra
 
 __all__ = [
     "SPLITS",
@@ -55,7 +56,8 @@ def digit_samples(split: str) -> Tuple[np.ndarray, np.ndarray]:
     Returns:
         float32 (n, 8, 8) in [0, 1] and int64 (n,) in 0..9.
     """
-    from sklearn.datasets import load_digits  # slow to import
+    with needs_extra():
+        from sklearn.datasets import load_digits  # slow to import
 
     digits = load_digits()
     chosen = (np.arange(len(digits.target)) % 4 == 3) == (split == "val")
@@ -77,6 +79,8 @@ def paste(
     Returns:
         bool (H, W), the pixels that the stroke covers.
     """
+    import cv2
+
     scale = size / 8
     matrix = cv2.getRotationMatrix2D((3.5, 3.5), angle, scale)
     matrix[:, 2] += np.asarray(center) - 3.5
@@ -92,6 +96,8 @@ def paste(
 
 def background(rng: np.random.Generator, size: int = IMAGE_SIZE) -> np.ndarray:
     """Dark clouds with fine noise, float32 (size, size) in [0, 255]."""
+    import cv2
+
     coarse = rng.uniform(0, 90, (6, 6)).astype("float32")
     clouds = cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC)
     return np.clip(clouds + rng.normal(0, 12, (size, size)).astype("float32"), 0, 255)
@@ -122,6 +128,9 @@ def _scene(rng: np.random.Generator, strokes: np.ndarray, labels: np.ndarray):
 def generate(folder: Path) -> None:
     """Writes images and instances_{train,val}.json below ``folder``; the same bytes each time."""
     from tqdm import tqdm
+
+    with needs_extra():
+        import cv2
 
     for split, (num_scenes, seed) in SPLITS.items():
         rng = np.random.default_rng(seed)

@@ -7,6 +7,7 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from ..config import load_config
+from ..config_files import find_config
 from ..errors import one_line_errors, quiet_user_errors
 from .launcher import start
 from .trainer import Trainer, setup
@@ -43,5 +44,6 @@ def train_command(trainer_class: Type[Trainer], usage: str) -> None:
         usage: the text of ``--help`` above the options' list.
     """
     args = default_argument_parser(usage).parse_args()
+    args.config_file = find_config(args.config_file)
     device = load_config(args.config_file, args.opts).MODEL.DEVICE
     start(_run, args, device, (args, trainer_class))

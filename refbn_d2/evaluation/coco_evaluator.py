@@ -4,12 +4,12 @@ import contextlib
 from pathlib import Path
 from typing import Any, Dict
 
-import hotcoco
 import numpy as np
 from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from pycocotools.cocoeval import COCOeval
 
 from ..errors import UserError
+from ..extras import needs_extra
 from .inputs import check_ground_truth
 
 __all__ = ["BACKENDS", "FastCOCOEvaluator"]
@@ -24,6 +24,8 @@ class _HotCOCOeval(COCOeval):
     """
 
     def evaluate(self) -> None:
+        import hotcoco  # the package trains without it, see FastCOCOEvaluator
+
         if self.params.iouType == "keypoints":
             return super().evaluate()
         truth, found = hotcoco.COCO(self.cocoGt.dataset), hotcoco.COCO(self.cocoDt.dataset)
@@ -55,10 +57,13 @@ class FastCOCOEvaluator(COCOEvaluator):
             backend: one of BACKENDS.
 
         Raises:
-            UserError: for an unknown backend.
+            UserError: the backend is unknown or not installed.
         """
         if backend not in BACKENDS:
             raise UserError(f"TEST.COCO_BACKEND {backend!r}: must be one of {', '.join(BACKENDS)}")
+        if backend == "hotcoco":
+            with needs_extra("or set TEST.COCO_BACKEND pycocotools"):
+                import hotcoco  # noqa: F401
         super().__init__(dataset_name, *args, **{**kwargs, "use_fast_impl": False})
         if self._do_evaluation:
             file = Path(self._metadata.json_file)

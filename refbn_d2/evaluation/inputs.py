@@ -6,14 +6,15 @@ another size is compared all the same), so every entry is checked here, before a
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple
-
-import hotcoco
+from typing import TYPE_CHECKING, Any, Dict, List, Sequence, Tuple
 
 from ..errors import UserError
 from ..io.coco import box_problem, is_int, is_number, masks_problem
 from ..io.json import read_json
 from ..io.rle import rle_problem
+
+if TYPE_CHECKING:
+    import hotcoco
 
 __all__ = [
     "IOU_TYPES",
@@ -40,7 +41,7 @@ class GroundTruth:
 
     path: Path
     dataset: Dict[str, Any]
-    coco: hotcoco.COCO
+    coco: "hotcoco.COCO"
     sizes: Dict[int, Tuple[int, int]]
     categories: Dict[int, str]
 
@@ -69,6 +70,8 @@ def load_ground_truth(path: Path, iou_types: Sequence[str]) -> GroundTruth:
     Raises:
         UserError: naming the file and the first entry that is wrong.
     """
+    import hotcoco  # check_ground_truth, which training calls, does without
+
     content = read_json(path)
     sizes, categories = check_ground_truth(path, content, iou_types)
     try:
