@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..config_files import find_config
 from ..errors import UserError, one_line_errors
 from ..evaluation.inputs import IOU_TYPES
+from ..evaluation.interval import MARGIN
 
 
 def add_run(commands) -> None:
@@ -54,6 +55,20 @@ def add_report(commands) -> None:
     parser.add_argument("--gt", type=Path, help="COCO ground truth; with --results")
     parser.add_argument("--iou-type", nargs="+", choices=IOU_TYPES, default=list(IOU_TYPES))
     parser.add_argument("--baseline", metavar="NAME", help="default: the first name")
+    parser.add_argument(
+        "--primary", choices=IOU_TYPES, help="whose AP decides; default: bbox if it is evaluated"
+    )
+    parser.add_argument(
+        "--margin",
+        type=float,
+        default=MARGIN,
+        help="a difference of AP within +-MARGIN is practically none; default: %(default)s",
+    )
+    parser.add_argument(
+        "--cluster",
+        metavar="FIELD",
+        help="field of the COCO images, as group or video, that names what was drawn as a whole",
+    )
     parser.add_argument("--resamples", type=int, default=1000, help="of the images")
     parser.add_argument("--seed", type=int, default=0, help="of the resamples")
     parser.add_argument("--images", type=Path, help="folder of the images, to draw some of them")
@@ -88,7 +103,18 @@ def report(args: argparse.Namespace) -> None:
         def advance(what: str) -> None:
             progress.update(task, description=what, advance=1)
 
-        comparison = compare(runs, gt, iou_types, args.baseline, args.resamples, args.seed, advance)
+        comparison = compare(
+            runs,
+            gt,
+            iou_types,
+            args.baseline,
+            args.resamples,
+            args.seed,
+            advance,
+            primary=args.primary,
+            margin=args.margin,
+            cluster=args.cluster,
+        )
         progress.update(task, description="writing")
         files = write_report(comparison, args.output, args.images)
     # The page begins with the verdicts and the table.

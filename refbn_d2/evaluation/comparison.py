@@ -1,18 +1,32 @@
 """From files to numbers: scores every run and compares each norm with the baseline."""
 
-from dataclasses import asdict, dataclass, field
+import hashlib
+import math
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, Hashable, List, Optional, Sequence, Tuple
 
 import numpy as np
 
 from ..errors import UserError
 from .ap import METRICS, Evaluation, evaluate
 from .inputs import GroundTruth, load_ground_truth, load_results
-from .interval import Difference, difference, half_samples, holm
+from .interval import (
+    MARGIN,
+    Difference,
+    Spread,
+    Verdict,
+    difference,
+    half_samples,
+    moderated,
+    pooled_spread,
+)
 from .runs import Run
 
-__all__ = ["Comparison", "Group", "compare"]
+__all__ = ["Comparison", "Differences", "Group", "compare"]
+
+# Label -> iou type -> metric -> Difference.
+Differences = Dict[str, Dict[str, Dict[str, Difference]]]
 
 
 @dataclass
@@ -54,10 +68,18 @@ class Comparison:
     """Everything a report shows.
 
     Attributes:
+        gt: the ground truth.
+        iou_types: of "bbox" and "segm".
+        baseline: name of the norm that others are compared with.
+        resamples, seed: of the image sampling.
         groups: label -> group, in the order of the report.
         differences: label -> iou type -> metric -> Difference, of all but the baselines.
-        p_holm: the same -> p-value corrected for all comparisons of that metric.
         failed: runs without results.
+        primary: the iou type whose AP decides.
+        margin: smaller differences of AP count as none in practice.
+        cluster: field of the COCO images that names what was drawn as a whole, or None.
+        units: number of clusters, or of images.
+        warnings: what a reader must know before the numbers, a sentence each.
     """
 
     gt: GroundTruth
@@ -66,19 +88,41 @@ class Comparison:
     resamples: int
     seed: int
     groups: Dict[str, Group]
-    differences: Dict[str, Dict[str, Dict[str, Difference]]]
-    p_holm: Dict[str, Dict[str, Dict[str, Optional[float]]]]
+    differences: Differences
     failed: List[Run]
+    primary: str
+    margin: float = MARGIN
+    cluster: Optional[str] = None
+    units: int = 0
+    warnings: List[str] = field(default_factory=list)
+
+    def primary_difference(self, label: str) -> Difference:
+        """The one difference of ``label`` that its verdict is about."""
+        return self.differences[label][self.primary]["AP"]
+
+    def verdict(self, label: str) -> Verdict:
+        """Whether ``label`` is better or worse than its baseline, or practically the same."""
+        return self.primary_difference(label).verdict(self.margin)
 
     def delta_table(self, label: str) -> Dict[str, Dict[str, Dict[str, Any]]]:
         """``deltas.LABEL`` of report.json."""
         return {
-            iou_type: {
-                metric: {**asdict(d), "p_holm": self.p_holm[label][iou_type][metric]}
-                for metric, d in table.items()
-            }
+            iou_type: {metric: d.as_dict() for metric, d in table.items()}
             for iou_type, table in self.differences[label].items()
         }
+
+    def with_first_runs(self, count: int) -> "Comparison":
+        """The comparison as it was when each norm had its first ``count`` runs, scored already."""
+        groups = {
+            label: replace(
+                group,
+                runs=group.runs[:count],
+                scores={t: scores[:count] for t, scores in group.scores.items()},
+            )
+            for label, group in self.groups.items()
+        }
+        differences = _all_differences(groups, self.iou_types, self.units)
+        return replace(self, groups=groups, differences=differences)
 
 
 def compare(
@@ -89,6 +133,10 @@ def compare(
     resamples: int,
     seed: int,
     advance: Callable[[str], None] = lambda what: None,
+    *,
+    primary: Optional[str] = None,
+    margin: float = MARGIN,
+    cluster: Optional[str] = None,
 ) -> Comparison:
     """Scores ``runs`` and compares.
 
@@ -99,20 +147,32 @@ def compare(
         baseline: name of the norm to compare with; None: the first.
         resamples, seed: of the image sampling.
         advance: told what is being scored, once a run and iou type.
+        primary: the iou type whose AP decides; None: "bbox" where it is evaluated.
+        margin: differences within +-margin of AP, in percent, are practically none.
+        cluster: field of the COCO images, as "group" or "video", whose images belong together;
+            None if each image was drawn by itself.
 
     Raises:
-        UserError: for bad files, an unknown baseline, or nothing to compare.
+        UserError: for bad files, an unknown baseline, one result given as two seeds, or nothing to
+            compare.
     """
     finished = [run for run in runs if not run.error]
     names = list(dict.fromkeys(run.name for run in runs))
     baseline = names[0] if baseline is None else baseline
+    primary = primary or ("bbox" if "bbox" in iou_types else iou_types[0])
     if baseline not in names:
         raise UserError(f"--baseline {baseline}: no such name; there are {', '.join(names)}")
+    if primary not in iou_types:
+        raise UserError(f"--primary {primary}: is not among --iou-type {' '.join(iou_types)}")
+    if not (margin > 0 and math.isfinite(margin)):
+        raise UserError(f"--margin {margin}: must be a number above 0")
     if not finished:
         raise UserError(f"none of the {len(runs)} runs has finished; nothing to report")
     gt = load_ground_truth(gt_path, iou_types)
-    halves = half_samples(list(gt.sizes), resamples, seed)
+    clusters = _clusters(gt, cluster) if cluster else None
+    halves = half_samples(list(gt.sizes), resamples, seed, clusters)
     groups = _groups(finished, baseline)
+    warnings = _check_copies(groups)
     for group in groups.values():
         group.scores = {t: [] for t in iou_types}
         for run in group.runs:
@@ -120,11 +180,7 @@ def compare(
             for iou_type in iou_types:
                 advance(f"{group.label}, seed {run.seed}, {iou_type}")
                 group.scores[iou_type].append(evaluate(gt, detections, iou_type, halves))
-    differences = {
-        label: {t: _differences(groups[g.baseline], g, t, len(gt.sizes)) for t in iou_types}
-        for label, g in groups.items()
-        if g.baseline
-    }
+    units = len(gt.sizes) if clusters is None else len(set(clusters))
     return Comparison(
         gt=gt,
         iou_types=list(iou_types),
@@ -132,10 +188,61 @@ def compare(
         resamples=resamples,
         seed=seed,
         groups=groups,
-        differences=differences,
-        p_holm=_correct(differences, iou_types),
+        differences=_all_differences(groups, iou_types, units),
         failed=[run for run in runs if run.error],
+        primary=primary,
+        margin=margin,
+        cluster=cluster,
+        units=units,
+        warnings=warnings,
     )
+
+
+def _clusters(gt: GroundTruth, name: str) -> List[Hashable]:
+    """What each image belongs to, in the order of ``gt.sizes``."""
+    found: Dict[int, Hashable] = {}
+    for image in gt.dataset["images"]:
+        value = image.get(name)
+        if not isinstance(value, (str, int)) or isinstance(value, bool):
+            raise UserError(
+                f"--cluster {name}: image {image['id']} of {gt.path} has no field {name!r} with a "
+                "text or a whole number"
+            )
+        found[image["id"]] = value
+    if len(set(found.values())) < 2:
+        raise UserError(f"--cluster {name}: all images of {gt.path} have the same; use at least 2")
+    return [found[key] for key in gt.sizes]
+
+
+def _check_copies(groups: Dict[str, Group]) -> List[str]:
+    """Refuses one result as two seeds of a norm; warns of one result under two norms.
+
+    Raises:
+        UserError: naming both files.
+    """
+    first: Dict[bytes, Tuple[str, Run]] = {}
+    warnings = []
+    for group in groups.values():
+        own: Dict[bytes, Run] = {}
+        for run in group.runs:
+            content = run.results.read_bytes() if run.results.is_file() else b""
+            # Two models that find nothing are no copies of each other; a bad file is named later.
+            if len(content.strip()) <= len("[]"):
+                continue
+            digest = hashlib.sha256(content).digest()
+            if digest in own:
+                raise UserError(
+                    f"{run.results} is a copy of {own[digest].results}, given as another seed of "
+                    f"{group.label}; give each training run once"
+                )
+            own[digest] = run
+            label, other = first.setdefault(digest, (group.label, run))
+            if label != group.label:
+                warnings.append(
+                    f"{group.label}, seed {run.seed}, and {label}, seed {other.seed}, are the same "
+                    f"results: {run.results} and {other.results}."
+                )
+    return warnings
 
 
 def _groups(runs: Sequence[Run], baseline: str) -> Dict[str, Group]:
@@ -156,27 +263,37 @@ def _groups(runs: Sequence[Run], baseline: str) -> Dict[str, Group]:
     return groups
 
 
-def _differences(
-    base: Group, other: Group, iou_type: str, num_images: int
-) -> Dict[str, Difference]:
-    a, b = base.scores[iou_type], other.scores[iou_type]
-    return {
-        metric: difference(
-            np.array([s.table[metric] for s in a]),
-            np.array([s.table[metric] for s in b]),
-            np.array([s.replicates[:, column] for s in a]),
-            np.array([s.replicates[:, column] for s in b]),
-            num_images,
-        )
-        for column, metric in enumerate(METRICS)
-    }
-
-
-def _correct(differences, iou_types) -> Dict[str, Dict[str, Dict[str, Optional[float]]]]:
-    corrected = {label: {t: {} for t in iou_types} for label in differences}
+def _all_differences(groups: Dict[str, Group], iou_types: Sequence[str], units: int) -> Differences:
+    pairs = [(groups[g.baseline], g) for g in groups.values() if g.baseline]
+    found: Differences = {g.label: {t: {} for t in iou_types} for _, g in pairs}
     for iou_type in iou_types:
-        for metric in METRICS:
-            family = [table[iou_type][metric].p for table in differences.values()]
-            for label, value in zip(differences, holm(family)):
-                corrected[label][iou_type][metric] = value
-    return corrected
+        for column, metric in enumerate(METRICS):
+            spreads = _spreads(pairs, iou_type, metric)
+            for (base, other), spread in zip(pairs, spreads):
+                a, b = base.scores[iou_type], other.scores[iou_type]
+                found[other.label][iou_type][metric] = difference(
+                    np.array([s.table[metric] for s in a]),
+                    np.array([s.table[metric] for s in b]),
+                    np.array([s.replicates[:, column] for s in a]),
+                    np.array([s.replicates[:, column] for s in b]),
+                    units,
+                    spread,
+                    comparisons=len(pairs),
+                )
+    return found
+
+
+def _spreads(
+    pairs: Sequence[Tuple[Group, Group]], iou_type: str, metric: str
+) -> List[Optional[Spread]]:
+    """The spread over seeds of each pair with equally many runs, moderated by all such pairs."""
+    ap = {
+        g.label: np.array([s.table[metric] for s in g.scores[iou_type]])
+        for pair in pairs
+        for g in pair
+    }
+    pooled = [pooled_spread(ap[a.label], ap[b.label]) for a, b in pairs]
+    used = {g.label for pair, spread in zip(pairs, pooled) if spread for g in pair}
+    total_df = sum(len(ap[label]) - 1 for label in used)
+    shrunken = iter(moderated([s for s in pooled if s], total_df))
+    return [s and next(shrunken) for s in pooled]

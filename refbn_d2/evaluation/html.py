@@ -1,5 +1,6 @@
 """report.html: everything on one page, readable without network, scripts or colour."""
 
+import math
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -68,11 +69,10 @@ def _rows(comparison: Comparison) -> List[Dict[str, Any]]:
             cell = {"value": number(group.mean(t, m)), "delta": "", "interval": "", "p": ""}
             if group.baseline:
                 d = comparison.differences[label][t][m]
-                corrected = p_value(comparison.p_holm[label][t][m])
                 cell.update(
                     delta=signed(d.delta),
                     interval=interval(d),
-                    p=f"p {p_value(d.p)} ({corrected})" if d.p is not None else "",
+                    p="" if math.isnan(d.p) else f"p {p_value(d.p)} ({p_value(d.p_adjusted)})",
                 )
             cells.append(cell)
         rows.append({"group": group, "cells": cells})
@@ -86,7 +86,7 @@ def _clearest(comparison: Comparison) -> List[Group]:
     for label, tables in comparison.differences.items():
         group = comparison.groups[label]
         p = tables[first]["AP"].p
-        key = 2.0 if p is None else p
+        key = 2.0 if math.isnan(p) else p
         if group.name not in best or key < best[group.name][0]:
             best[group.name] = (key, group)
     return [group for _, group in best.values()]

@@ -42,7 +42,8 @@ def markdown(comparison: Comparison) -> str:
 
 def _bullets(comparison: Comparison) -> str:
     lines = [f"* {v['mark']} {v['text']}" for v in verdicts(comparison)]
-    return "\n".join(lines) or "There is nothing to compare with the baseline."
+    lines = lines or ["There is nothing to compare with the baseline."]
+    return "\n".join(lines + [f"* Warning: {text}" for text in comparison.warnings])
 
 
 def _rows(header: List[str], rows: List[List[str]]) -> str:
@@ -76,9 +77,9 @@ def _p_table(comparison: Comparison) -> str:
         cells = []
         for t, m in columns(comparison):
             d = comparison.differences[label][t][m]
-            cells.append(f"{p_value(d.p)} ({p_value(comparison.p_holm[label][t][m])})")
+            cells.append(f"{p_value(d.p)} ({p_value(d.p_adjusted)})")
         rows.append([label, *cells])
-    caption = "Not corrected, and in brackets by Holm for all comparisons of one metric.\n\n"
+    caption = "Not corrected, and in brackets for all comparisons of one metric (Bonferroni).\n\n"
     return caption + _rows(["norm", *_titles(comparison)], rows)
 
 

@@ -29,6 +29,9 @@ def as_json(comparison: Comparison) -> Dict[str, Any]:
             "images": len(gt.sizes),
             "iou_types": comparison.iou_types,
             "baseline": comparison.baseline,
+            "primary": comparison.primary,
+            "margin": comparison.margin,
+            "cluster": comparison.cluster,
             "resamples": comparison.resamples,
             "seed": comparison.seed,
             "confidence": CONFIDENCE,
@@ -36,6 +39,7 @@ def as_json(comparison: Comparison) -> Dict[str, Any]:
             "model": model_text(comparison),
         },
         "runs": {label: _run_entry(comparison, label) for label in comparison.groups},
+        "verdicts": {label: comparison.verdict(label).value for label in comparison.differences},
         "deltas": {label: comparison.delta_table(label) for label in comparison.differences},
         "categories": {
             label: {
@@ -44,6 +48,7 @@ def as_json(comparison: Comparison) -> Dict[str, Any]:
             }
             for label, g in comparison.groups.items()
         },
+        "warnings": comparison.warnings,
         "failed": [_plain(asdict(run)) for run in comparison.failed],
     }
     return _without_nan(content)

@@ -5,15 +5,15 @@ from typing import Dict, List, Optional
 
 from .ap import METRICS
 from .comparison import Comparison
-from .interval import EFFECT, Difference
+from .interval import CONFIDENCE, EFFECT, Difference, RunsNeeded, Verdict
 
 __all__ = [
-    "PAPER_TABLE", "SEEDS_LEAD", "TITLES", "columns", "interval", "model_text", "number", "p_value",
-    "paper_applies", "seed_lines", "signed", "verdicts",
+    "MARKS", "PAPER_TABLE", "SEEDS_LEAD", "TITLES", "columns", "interval", "model_text", "number",
+    "p_value", "paper_applies", "seed_lines", "signed", "verdict_text", "verdicts",
 ]  # fmt: skip
 
 TITLES = {"bbox": "box", "segm": "mask"}
-ALPHA = 0.05
+MARKS = {Verdict.BETTER: "▲", Verdict.WORSE: "▼", Verdict.SAME: "≈", Verdict.UNDECIDED: "?"}
 # Table 3 of the paper (SPEC: Luo et al. 2020): AP, AP50, AP75 of boxes, then of masks.
 PAPER_TABLE = {
     "BN": (36.5, 56.8, 40.6, 32.4, 53.3, 34.3),
@@ -32,18 +32,23 @@ def number(value: Optional[float]) -> str:
 
 def signed(value: Optional[float]) -> str:
     # A difference that rounds to zero has no sign to show.
-    if value is None:
+    if value is None or math.isnan(value):
         return "–"
     rounded = round(value, 2)
     return f"{rounded:+.2f}".replace("-", "−") if rounded else "0.00"
 
 
 def interval(d: Difference) -> str:
-    return "" if d.ci95 is None else f"[{signed(d.ci95[0])}, {signed(d.ci95[1])}]"
+    """The simultaneous 95 % interval, the one that the verdict is read from."""
+    return _ends(d.interval(simultaneous=True))
+
+
+def _ends(ends) -> str:
+    return "" if ends is None else f"[{signed(ends[0])}, {signed(ends[1])}]"
 
 
 def p_value(p: Optional[float]) -> str:
-    if p is None:
+    if p is None or math.isnan(p):
         return "–"
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
@@ -54,65 +59,130 @@ def paper_applies(comparison: Comparison) -> bool:
 
 
 def verdicts(comparison: Comparison) -> List[Dict[str, str]]:
-    """One sentence a comparison and iou type on AP: {"label", "mark", "text"}."""
-    found = []
-    for label, tables in comparison.differences.items():
-        for iou_type, table in tables.items():
-            d, p = table["AP"], comparison.p_holm[label][iou_type]["AP"]
-            word, mark = "cannot be told apart from", "≈"
-            if p is not None and p < ALPHA:
-                word, mark = ("is better than", "▲") if d.delta > 0 else ("is worse than", "▼")
-            text = (
-                f"{label} {word} {comparison.baseline} in {TITLES[iou_type]} AP: "
-                f"{signed(d.delta)} {interval(d)}, p = {p_value(d.p)}, "
-                f"{p_value(p)} after correction."
-            ).replace("= <", "<")
-            if d.se_seeds is None:
-                text += " One run each: another training seed may say otherwise."
-            found.append({"label": label, "mark": mark, "text": text})
-    return found
+    """One sentence a comparison on the primary AP: {"label", "verdict", "mark", "text"}."""
+    return [
+        {
+            "label": label,
+            "verdict": comparison.verdict(label).value,
+            "mark": MARKS[comparison.verdict(label)],
+            "text": verdict_text(comparison, label),
+        }
+        for label in comparison.differences
+    ]
+
+
+def verdict_text(comparison: Comparison, label: str) -> str:
+    """What is known about ``label`` and its baseline, in a sentence or two."""
+    d, verdict = comparison.primary_difference(label), comparison.verdict(label)
+    base, ap = comparison.baseline, f"{TITLES[comparison.primary]} AP"
+    found = f"{signed(d.delta)} {interval(d)}"
+    if math.isnan(d.delta):
+        return f"{label} and {base} have no {ap} to compare."
+    if 1 in d.runs and d.se != 0:
+        return _one_run_text(d, label, base, ap)
+    if verdict is Verdict.SAME:
+        if d.se == 0:
+            return f"{label} and {base} are the same results: their difference in {ap} is 0."
+        inner = _ends(d.interval(2 * CONFIDENCE - 1, simultaneous=True))
+        return (
+            f"{label} and {base} are practically the same in {ap}: {signed(d.delta)}, and its 90 % "
+            f"interval {inner} lies within ±{comparison.margin:g}."
+        )
+    if verdict is Verdict.UNDECIDED:
+        largest = max(map(abs, d.interval(simultaneous=True) or (math.nan,)))
+        excluded = "" if math.isnan(largest) else f" Effects beyond {largest:.1f} AP are excluded."
+        return f"Undecided whether {label} differs from {base} in {ap}: {found}.{excluded}"
+    text = f"{label} is {verdict.value} than {base} in {ap}: {found}."
+    if max(map(abs, d.interval(simultaneous=True))) < comparison.margin:
+        text += f" The difference is smaller than the margin of {comparison.margin:g} AP."
+    return text
+
+
+def _one_run_text(d: Difference, label: str, base: str, ap: str) -> str:
+    ends = d.checkpoint_interval(simultaneous=True)
+    differ = ends is not None and not ends[0] <= 0 <= ends[1]
+    what = "two checkpoints" if d.runs == (1, 1) else "checkpoints"
+    who = "One run each" if d.runs == (1, 1) else f"One run of {base if d.runs[0] == 1 else label}"
+    return (
+        f"{label} against {base} is undecided. {who}: these {what} "
+        f"{'differ' if differ else 'cannot be told apart'} in {ap}, {signed(d.delta)} "
+        f"{_ends(ends)} by image sampling alone, but what another training seed would give is "
+        "unknown from one run. Train at least 3 runs a norm."
+    )
 
 
 SEEDS_LEAD = (
-    f"Runs a norm that would detect a true difference of {EFFECT} AP (80 % power, 5 % level), by "
-    "the spread of the seeds on these images:"
+    "Where the variance of each difference comes from, what would shorten its interval, and how "
+    f"many runs a norm would detect a true difference of {EFFECT} AP (80 % power, 5 % level; in "
+    "brackets the range that these runs leave open):"
 )
 
 
 def seed_lines(comparison: Comparison) -> List[str]:
-    """One sentence a comparison that continues SEEDS_LEAD."""
-    lines = []
-    for label, tables in comparison.differences.items():
-        base = comparison.groups[comparison.groups[label].baseline]
-        text = ", ".join(
-            f"{table['AP'].seeds_needed or 'more than 10,000'} for {TITLES[t]} AP"
-            for t, table in tables.items()
-        )
-        if next(iter(tables.values()))["AP"].se_seeds is None:
-            text = "unknown with one run each, whose seed the interval does not cover"
-        counts = f"{len(comparison.groups[label].runs)} against {len(base.runs)} now"
-        lines.append(f"{label}: {text} ({counts}).")
-    return lines
+    """The variance budget: one line a comparison, on the primary AP."""
+    return [
+        f"{label} ({d.runs[1]} against {d.runs[0]} runs): {_budget(d, comparison)}"
+        for label, d in ((k, comparison.primary_difference(k)) for k in comparison.differences)
+    ]
+
+
+def _budget(d: Difference, comparison: Comparison) -> str:
+    needed = d.runs_needed()
+    if needed is None:
+        if d.se == 0:
+            return "the same results."
+        return "unknown, since one run shows no spread over seeds."
+    units = "clusters" if comparison.cluster else "images"
+    total = d.se**2
+    shares = {"seeds": d.seeds, units: d.images, f"seeds and {units} together": d.run_by_image}
+    budget = ", ".join(f"{v / total:.0%} {name}" for name, v in shares.items() if total > 0)
+    now, runs, images = d.reach_with(), d.reach_with(more_runs=2), d.reach_with(more_images=2)
+    advice = "more runs" if runs < images else f"more {units}"
+    return (
+        f"{budget}. Twice the runs would shorten ±{now:.2f} to about ±{runs:.2f}, twice the "
+        f"{units} to ±{images:.2f}: {advice} pay more. For {EFFECT} AP: {_needed(needed, units)}."
+    )
+
+
+def _needed(needed: RunsNeeded, units: str) -> str:
+    if needed.low is None:
+        return f"no number of runs suffices on as many {units}"
+    if needed.estimate is None:
+        return f"{needed.low:,} runs at the very least, perhaps no number on as many {units}"
+    high = "any number" if needed.high is None else f"{needed.high:,}"
+    return f"{needed.estimate:,} runs ({needed.low:,} to {high})"
 
 
 def model_text(comparison: Comparison) -> str:
     """The statistical model in one paragraph."""
-    single = all(len(g.runs) == 1 for g in comparison.groups.values())
-    seeds = (
-        "There is one run a norm, so the training seed is NOT covered: another seed may well give "
-        "a difference outside the interval. "
+    count = len(comparison.differences)
+    drawn = f"{len(comparison.gt.sizes)} images"
+    independent = "and dependence between images"
+    if comparison.cluster:
+        drawn = f"{comparison.units} clusters ({comparison.cluster}) of the {drawn}"
+        independent = "and dependence between clusters"
+    simultaneous = (
+        f" They hold for all {count} comparisons of a metric together (Bonferroni)."
+        if count > 1
+        else ""
+    )
+    single = any(1 in comparison.primary_difference(k).runs for k in comparison.differences)
+    one_run = (
+        " Where a norm has one run the training seed is NOT covered, and no interval on the norm "
+        "is given."
         if single
-        else "The spread of AP over training seeds is added, less the part that the images already "
-        "explain, with Welch-Satterthwaite degrees of freedom; a norm with a single run borrows "
-        "the spread of the norm it is compared with, and where both have a single run the "
-        "training seed is not covered. "
+        else ""
     )
     return (
         f"Each interval is a 95 % t-interval of other minus {comparison.baseline}, means over "
-        f"seeds. Image sampling: all runs are scored on the same {comparison.resamples} random "
-        f"halves of the {len(comparison.gt.sizes)} images (paired delete-half jackknife). "
-        f"{seeds}"
-        "p is two-sided and of the same t; the corrected p is Holm's over all comparisons of one "
-        "metric in this report. Not covered: another data set, architecture, schedule or learning "
-        "rate, and dependence between images."
+        f"seeds.{simultaneous} Image sampling: all runs are scored on the same "
+        f"{comparison.resamples} random halves of the {drawn} (paired delete-half jackknife). "
+        "Training seeds: the spread of AP over the runs, pooled over both norms where they have "
+        "equally many runs and moderated by the other comparisons where there are three or more, "
+        f"less the part that the images already explain.{one_run} "
+        f"The verdict is on {TITLES[comparison.primary]} AP alone: better or worse if its interval "
+        f"excludes 0; practically the same (≈) if its 90 % interval lies within "
+        f"±{comparison.margin:g} AP; otherwise undecided. "
+        "Not covered: another data set, architecture, schedule or learning rate, "
+        f"{independent}."
     )

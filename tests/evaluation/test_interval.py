@@ -3,12 +3,20 @@
 import hotcoco
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import special, stats
 
 from refbn_d2.errors import UserError
 from refbn_d2.evaluation.ap import METRICS, evaluate
 from refbn_d2.evaluation.inputs import load_ground_truth
-from refbn_d2.evaluation.interval import difference, half_samples, holm, seeds_needed
+from refbn_d2.evaluation.interval import (
+    Difference,
+    Spread,
+    Verdict,
+    difference,
+    half_samples,
+    moderated,
+    seeds_needed,
+)
 from tests.evaluation import generated
 
 
@@ -91,23 +99,56 @@ def test_variance_of_a_mean_is_the_textbook_one(images):
         a.mean(keepdims=True), b.mean(keepdims=True),
         a[halves].mean(1)[None], b[halves].mean(1)[None], images,
     )  # fmt: skip
-    expected = stats.ttest_rel(b, a)
-    low, high = expected.confidence_interval()
+    low, high = stats.ttest_rel(b, a).confidence_interval()
     assert found.delta == pytest.approx((b - a).mean())
-    assert found.ci95 == pytest.approx((low, high), rel=0.02, abs=0.05)
-    assert found.p == pytest.approx(expected.pvalue, rel=0.1, abs=0.002)
-    assert found.se_seeds is None and found.seeds_needed is None
+    assert found.checkpoint_interval() == pytest.approx((low, high), rel=0.02, abs=0.05)
 
 
-def test_without_image_noise_it_is_welchs_t_test():
-    a, b = np.array([36.1, 36.9, 36.4]), np.array([37.9, 36.8, 37.2, 38.0, 37.5])
-    flat = [np.repeat(x[:, None], 10, axis=1) for x in (a, b)]
-    found = difference(a, b, *flat, 100)
-    expected = stats.ttest_ind(b, a, equal_var=False)
-    assert found.p == pytest.approx(expected.pvalue)
+def test_clusters_are_drawn_whole_and_count_as_units():
+    # Five frames of each video, and videos of several lengths: the t-test is of their means.
+    rng = np.random.default_rng(3)
+    video = rng.permutation(np.repeat(np.arange(40), 5))
+    halves = half_samples(range(200), 8000, 0, video.tolist())
+    assert all(len(h) == 100 and len(set(video[h])) == 20 for h in halves)
+    shift = rng.normal(3, 5, 40)
+    a = rng.normal(50, 9, 200)
+    b = a + shift[video] + rng.normal(0, 1, 200)
+    found = difference(
+        a.mean(keepdims=True), b.mean(keepdims=True),
+        a[halves].mean(1)[None], b[halves].mean(1)[None], 40,
+    )  # fmt: skip
+    means = [(b - a)[video == v].mean() for v in range(40)]
+    low, high = stats.ttest_1samp(means, 0).confidence_interval()
+    assert found.checkpoint_interval() == pytest.approx((low, high), rel=0.03, abs=0.05)
+
+
+def test_clusters_of_one_image_are_images():
+    ids = list(range(3, 40))
+    assert half_samples(ids, 20, 5, [f"video {i}" for i in ids]) == half_samples(ids, 20, 5)
+
+
+def flat(*norms):
+    """Replicates without any image noise."""
+    return [np.repeat(x[:, None], 10, axis=1) for x in norms]
+
+
+def test_equally_many_runs_without_image_noise_are_students_t_test():
+    a, b = np.array([36.1, 36.9, 36.4]), np.array([37.9, 36.8, 37.2])
+    found = difference(a, b, *flat(a, b), 100)
+    expected = stats.ttest_ind(b, a)
     interval = expected.confidence_interval()
+    assert found.p == pytest.approx(expected.pvalue)
     assert found.ci95 == pytest.approx((interval.low, interval.high))
     assert found.se_images == pytest.approx(0, abs=1e-12)
+
+
+def test_unequally_many_runs_keep_their_own_spreads():
+    a, b = np.array([36.1, 36.9, 36.4]), np.array([37.9, 36.8, 37.2, 38.0, 37.5])
+    found = difference(a, b, *flat(a, b), 100)
+    shares = a.var(ddof=1) / 3, b.var(ddof=1) / 5
+    assert found.se == pytest.approx(np.sqrt(sum(shares)))  # Welch's
+    assert found.df == pytest.approx(sum(shares) / (shares[0] / 2 + shares[1] / 4))
+    assert found.df <= stats.ttest_ind(b, a, equal_var=False).df
 
 
 def test_seeds_that_agree_by_chance_do_not_shorten_the_interval():
@@ -129,35 +170,104 @@ def test_noise_of_the_images_is_not_counted_twice():
     assert half == pytest.approx(1.96 * expected, rel=0.1)
 
 
-def test_a_single_run_borrows_the_spread_of_the_other_norm():
-    a, b = np.array([30.0, 31.0, 32.0, 31.5]), np.array([33.0])
-    flat = [np.repeat(x[:, None], 10, axis=1) for x in (a, b)]
-    found = difference(a, b, *flat, 100)
-    # Student's t-test of one value against a sample.
-    reach = stats.t.ppf(0.975, 3) * a.std(ddof=1) * np.sqrt(1 + 1 / 4)
-    assert found.ci95 == pytest.approx((found.delta - reach, found.delta + reach))
+@pytest.mark.parametrize("counts", [(1, 1), (4, 1), (1, 4)])
+def test_a_single_run_gives_no_interval_on_the_norm(counts):
+    rng = np.random.default_rng(1)
+    ap = [rng.normal(30 + 20 * n, 0.1, k) for n, k in enumerate(counts)]
+    found = difference(*ap, *(rng.normal(30, 0.1, (k, 50)) for k in counts), 100)
+    assert found.ci95 is None and np.isnan(found.p) and np.isnan(found.se_seeds)
+    assert found.runs_needed() is None
+    assert found.verdict() is Verdict.UNDECIDED
+    low, high = found.checkpoint_interval()
+    assert low < found.delta < high
 
 
-def test_equal_results_have_a_zero_interval_and_p_one():
-    ap, replicates = np.array([31.7]), np.random.default_rng(0).normal(31, 1, (1, 50))
-    found = difference(ap, ap, replicates, replicates, 80)
+@pytest.mark.parametrize("runs", [1, 3])
+def test_equal_results_have_a_zero_interval_and_p_one(runs):
+    rng = np.random.default_rng(0)
+    ap, replicates = rng.normal(31, 1, runs), rng.normal(31, 1, (runs, 50))
+    found = difference(ap, ap[::-1], replicates, replicates[::-1], 80)
     assert (found.delta, found.ci95, found.p) == (0, (0, 0), 1)
+    assert found.verdict() is Verdict.SAME
 
 
-def test_what_cannot_be_measured_is_none():
+def test_what_cannot_be_measured_is_nan():
     nothing = np.full((1, 9), np.nan)
     found = difference(np.array([np.nan]), np.array([np.nan]), nothing, nothing, 80)
-    assert found.delta is None and found.ci95 is None and found.p is None
+    assert np.isnan(found.delta) and found.ci95 is None and np.isnan(found.p)
     once = np.array([[3.0] + [np.nan] * 8])
     found = difference(np.array([3.0]), np.array([4.0]), once, once + 1, 80)
-    assert found.delta == 1 and found.ci95 is None
+    assert found.delta == 1 and found.ci95 is None and found.checkpoint_interval() is None
+    assert found.verdict() is Verdict.UNDECIDED
 
 
-def test_holm():
-    # The example of Holm's procedure worked by hand: 3 x 0.01, 2 x 0.02, then 0.04.
-    assert holm([0.02, 0.01, 0.04]) == pytest.approx([0.04, 0.03, 0.04])
-    assert holm([0.5, None, 0.9]) == [1.0, None, 1.0]
-    assert holm([0.03, 0.031]) == pytest.approx([0.06, 0.06])
+def test_moderated_spreads_solve_smyths_equations():
+    # Smyth 2004, section 6.2; a large total_df, so that d0 can be read off.
+    variances, df = [0.08, 2.5, 0.3, 16.1, 1.7], [2, 2, 2, 4, 2]
+    found = moderated([Spread(v, d) for v, d in zip(variances, df)], total_df=1e9)
+    d0 = found[0].df - 2
+    e = [np.log(v) - special.digamma(d / 2) + np.log(d / 2) for v, d in zip(variances, df)]
+    trigamma = [special.polygamma(1, d / 2) for d in df]
+    assert special.polygamma(1, d0 / 2) == pytest.approx(np.var(e, ddof=1) - np.mean(trigamma))
+    s0 = np.exp(np.mean(e) + special.digamma(d0 / 2) - np.log(d0 / 2))
+    expected = [(d0 * s0 + d * v) / (d0 + d) for v, d in zip(variances, df)]
+    assert [s.variance for s in found] == pytest.approx(expected)
+    assert [s.df for s in found] == pytest.approx([d + d0 for d in df])
+
+
+def test_spreads_that_agree_become_one():
+    found = moderated([Spread(v, 4) for v in (0.9, 1.0, 1.1, 1.05)], total_df=16)
+    assert len({round(s.variance, 12) for s in found}) == 1
+    assert [s.df for s in found] == [10] * 4  # 4 + half of the other 12
+
+
+def test_two_spreads_and_dead_norms_are_left_alone():
+    two = [Spread(1.0, 4), Spread(9.0, 4)]
+    assert moderated(two, 8) == two
+    dead = [*two, Spread(0.0, 4)]
+    assert moderated(dead, 12) == dead
+
+
+def test_moderation_recovers_the_distribution_of_spreads():
+    # True variances scatter as 2 * 10 / chi^2(10): d0 is 10 and s0^2 is 2.
+    rng = np.random.default_rng(2)
+    true = 2 * 10 / rng.chisquare(10, 20_000)
+    seen = [Spread(t * c / 4, 4) for t, c in zip(true, rng.chisquare(4, 20_000))]
+    found = moderated(seen, 80_000)
+    assert found[0].df == pytest.approx(14, rel=0.05)
+    assert found[0].variance == pytest.approx((10 * 2 + 4 * seen[0].variance) / 14, rel=0.05)
+
+
+def test_verdicts():
+    def made(delta, se, df=1e9, comparisons=1):
+        return Difference(delta, 0.0, 0.0, se**2, df, 100, (5, 5), Spread(1, 8), comparisons)
+
+    assert made(1.97, 1).verdict() is Verdict.BETTER
+    assert made(-1.97, 1).verdict() is Verdict.WORSE
+    assert made(1.95, 1).verdict() is Verdict.UNDECIDED
+    # Six comparisons: Bonferroni's quantile is 2.638.
+    assert made(2.63, 1, comparisons=6).verdict() is Verdict.UNDECIDED
+    assert made(2.65, 1, comparisons=6).verdict() is Verdict.BETTER
+    # The 90 % interval is 1.645 standard errors each way.
+    assert made(0.0, 0.303).verdict(0.5) is Verdict.SAME
+    assert made(0.0, 0.305).verdict(0.5) is Verdict.UNDECIDED
+    assert made(0.4, 0.1).verdict(0.5) is Verdict.BETTER
+
+
+@pytest.mark.parametrize("comparisons", [1, 7])
+def test_adjusted_p_agrees_with_the_simultaneous_interval(comparisons):
+    rng = np.random.default_rng(4)
+    outside = []
+    for _ in range(200):
+        a, b = rng.normal(30, 1, 3), rng.normal(32, 1, 3)
+        found = difference(
+            a, b, rng.normal(30, 1, (3, 20)), rng.normal(30, 1, (3, 20)), 50, None, comparisons
+        )
+        low, high = found.interval(simultaneous=True)
+        outside.append(low > 0 or high < 0)
+        assert outside[-1] == (found.p_adjusted < 0.05)
+        assert (found.p < 0.05) == (not found.ci95[0] <= 0 <= found.ci95[1])
+    assert 0 < sum(outside) < 200
 
 
 @pytest.mark.parametrize("spread", [0.3, 1.0])
@@ -172,6 +282,34 @@ def test_seeds_needed_by_simulation(spread):
 
     assert power(k) > 0.79
     assert power(k - 1) < 0.81
+
+
+def test_seeds_needed_counts_what_images_leave():
+    k = seeds_needed(1.0, 1.0, image_se=0.25)
+    assert k > seeds_needed(1.0, 1.0)
+    rng = np.random.default_rng(7)
+    image = rng.normal(0, 0.25, 20_000)
+    a, b = rng.normal(0, 1, (20_000, k)), rng.normal(1, 1, (20_000, k)) + image[:, None]
+    se = np.sqrt((a.var(1, ddof=1) + b.var(1, ddof=1)) / k + 0.25**2)
+    assert (abs(b.mean(1) - a.mean(1)) > 1.96 * se).mean() == pytest.approx(0.82, abs=0.03)
+    # 2.8 standard errors of 0.36 are more than 1: no number of runs helps.
+    assert seeds_needed(1.0, 1.0, image_se=0.36) is None
+
+
+def test_runs_needed_is_a_range():
+    # The quickstart's: 2 degrees of freedom leave 64 to 9,361 of 237.
+    d = Difference(0.5, 0.0, 0.0, 1.0, 2, 100, (2, 2), Spread(3.765, 2))
+    needed = d.runs_needed()
+    assert needed.estimate == pytest.approx(237, abs=3)
+    assert (needed.low, needed.high) == (pytest.approx(65, abs=2), pytest.approx(9350, rel=0.02))
+
+
+def test_expected_length_with_more_data():
+    d = Difference(0.5, 1.0, 0.0, 3.0, 8, 400, (5, 5), Spread(7.5, 8))
+    low, high = d.ci95
+    assert d.reach_with() == pytest.approx((high - low) / 2, rel=0.3)
+    assert d.reach_with(more_runs=1e6) == pytest.approx(1.96, rel=0.01)
+    assert d.reach_with(more_images=1e6) == pytest.approx(stats.t.ppf(0.975, 8) * np.sqrt(3))
 
 
 def test_seeds_needed_ends():

@@ -27,9 +27,10 @@ def command(*arguments):
 @pytest.fixture(scope="module")
 def files(write, content):
     found = {"a": 0.55, "b": 0.6, "c": 0.8, "d": 0.85}
-    return {
+    made = {
         k: write(generated.detections(content, f, seed=n)) for n, (k, f) in enumerate(found.items())
     }
+    return {**made, "copy": write(made["a"].read_text())}
 
 
 class Page(html.parser.HTMLParser):
@@ -86,7 +87,7 @@ def test_report_from_results(tmp_path, gt_file, files):
             means = [report["runs"][n][iou_type][metric] for n in ("BN", "RefBN")]
             assert d["delta"] == pytest.approx(means[1] - means[0])
             assert d["ci95"][0] < d["delta"] < d["ci95"][1]
-            assert 0 <= d["p"] <= d["p_holm"] <= 1
+            assert 0 <= d["p"] <= d["p_adjusted"] <= 1
             # One number decides the same question both ways.
             assert (d["p"] < 0.05) == (not d["ci95"][0] <= 0 <= d["ci95"][1])
     page = assert_self_contained((output / "report.html").read_text())
@@ -105,8 +106,12 @@ def test_two_copies_of_one_result_do_not_differ(tmp_path, gt_file, files, write)
     for table in report["deltas"]["Copy"].values():
         assert set(table) == set(METRICS)
         for d in table.values():
-            assert (d["delta"], d["ci95"], d["p"], d["p_holm"]) == (0, [0, 0], 1, 1)
+            assert (d["delta"], d["ci95"], d["p"], d["p_adjusted"]) == (0, [0, 0], 1, 1)
     assert "seed is NOT covered" in report["meta"]["model"]
+    assert report["verdicts"] == {"Copy": "practically the same"}
+    (warning,) = report["warnings"]
+    assert str(copy) in warning and str(files["a"]) in warning
+    assert warning in (tmp_path / "report.md").read_text()
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path, gt_file, files):
@@ -209,6 +214,10 @@ BAD_COMMANDS = {
     "unknown baseline": (["--baseline", "GN"], "no such name; there are BN, RefBN"),
     "name twice": (["--results", "BN={a}", "BN={b}"], "the name BN occurs twice"),
     "file twice": (["--results", "BN={a},{a}"], "given twice as a seed of BN"),
+    "copy as a seed": (["--results", "BN={a},{copy}", "X={c}"], "is a copy of"),
+    "margin": (["--margin", "0"], "--margin 0.0: must be"),
+    "primary": (["--primary", "segm", "--iou-type", "bbox"], "--primary segm"),
+    "no cluster": (["--cluster", "video"], "image 1 of"),
     "no name": (["--results", "{a}"], "write NAME=file.json"),
     "no file": (["--results", "BN="], "write NAME=file.json"),
     "missing file": (["--results", "BN={a}", "X=none.json"], "none.json: no such file"),
@@ -232,7 +241,11 @@ def test_bad_commands_are_one_line_and_write_nothing(
         "--resamples": ["9"],
         "--output": [output],
     }
-    arguments[changes[0]] = [str(v).format(**files) for v in changes[1:]]
+    for change in changes:
+        if change.startswith("--"):
+            key, arguments[change] = change, []
+        else:
+            arguments[key].append(change.format(**files))
     argv = ["compare.py", "report", *(str(v) for k, vs in arguments.items() for v in (k, *vs))]
     monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(SystemExit) as status:
