@@ -1,0 +1,232 @@
+"""Runs a trained detector on images or videos: drawn predictions and one COCO results file.
+
+    refbn-d2 predict --weights output/model_final.pth --output predictions photos/*.jpg
+    refbn-d2 predict --weights bn/model_final.pth refbn/model_final.pth --output compared photos/
+
+IMAGES are files, folders, patterns or videos. --config-file is the config.yaml beside the weights,
+where training wrote it, unless given. With two files of weights the pictures stand side by side:
+what only one of the two models found is drawn in colour, what both found in grey.
+"""
+
+import argparse
+import glob
+import json
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
+
+import cv2
+import numpy as np
+from detectron2.data import DatasetCatalog
+from detectron2.data.detection_utils import read_image
+from tqdm import tqdm
+
+from ..config import load_config
+from ..config_files import find_config
+from ..data.errors import naming_the_file
+from ..engine.predictor import Predictor, coco_results, draw, have_counterpart
+from ..errors import UserError, one_line_errors
+from ..io.atomic import atomic_write
+
+__all__ = ["main"]
+
+_IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
+_VIDEOS = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v"}
+RESULTS = "coco_instances_results.json"
+
+
+class Frame(NamedTuple):
+    """One picture to look at.
+
+    Attributes:
+        name: of the picture that is written, without its ending.
+        file: where it comes from; a frame of a video has "#" and its number behind the name.
+        image: (H, W, 3), uint8, BGR.
+    """
+
+    name: str
+    file: str
+    image: np.ndarray
+
+
+def find_files(arguments: List[str]) -> List[Path]:
+    """Image and video files that the arguments name: files, folders, or patterns.
+
+    Raises:
+        UserError: an argument names nothing.
+    """
+    files: Dict[Path, None] = {}
+    for argument in arguments:
+        path = Path(argument)
+        if path.is_dir():
+            found = [p for p in sorted(path.iterdir()) if p.suffix.lower() in _IMAGES | _VIDEOS]
+        elif path.exists():
+            found = [path]
+        else:
+            found = [Path(p) for p in sorted(glob.glob(argument, recursive=True))]
+        if not found:
+            what = "has no images" if path.is_dir() else "no such file or folder"
+            raise UserError(f"{argument}: {what}")
+        files.update(dict.fromkeys(found))
+    return list(files)
+
+
+def _open_video(path: Path) -> cv2.VideoCapture:
+    video = cv2.VideoCapture(str(path))
+    if not video.isOpened():
+        raise UserError(f"{path}: OpenCV cannot open this video")
+    return video
+
+
+def count_frames(path: Path) -> int:
+    """Number of pictures in a file, as far as it says."""
+    if path.suffix.lower() not in _VIDEOS:
+        return 1
+    return max(1, int(_open_video(path).get(cv2.CAP_PROP_FRAME_COUNT)))
+
+
+# Refuses what is no image, or one that Pillow would start a program for, and names the file.
+_read = naming_the_file(lambda d: read_image(d["file_name"], format="BGR"))
+
+
+def frames(path: Path) -> Iterator[Frame]:
+    """The pictures in a file.
+
+    Raises:
+        UserError: the file is no image, or a video that OpenCV cannot open.
+    """
+    if path.suffix.lower() not in _VIDEOS:
+        yield Frame(path.stem, str(path), np.ascontiguousarray(_read({"file_name": str(path)})))
+        return
+    video = _open_video(path)
+    number = 0
+    while True:
+        read, image = video.read()
+        if not read:
+            return
+        yield Frame(f"{path.stem}_{number:06d}", f"{path}#{number}", image)
+        number += 1
+
+
+def load_models(args: argparse.Namespace) -> List[Predictor]:
+    """One predictor for each file of weights."""
+    models = []
+    for weights in args.weights:
+        config = args.config_file or Path(weights).parent / "config.yaml"
+        if not args.config_file and not config.is_file():
+            raise UserError(
+                f"{config}: no such file; say with --config-file which model {weights} is of"
+            )
+        models.append(Predictor(load_config(find_config(str(config)), args.opts), weights))
+    return models
+
+
+def _image_ids(models: List[Predictor]) -> Dict[str, Any]:
+    """Ids of the images of the test data set by file name, so that results can be scored."""
+    names = [n for n in models[0].cfg.DATASETS.TEST if n in DatasetCatalog.list()]
+    return {Path(d["file_name"]).name: d["image_id"] for n in names for d in DatasetCatalog.get(n)}
+
+
+def _picture(
+    models: List[Predictor], image: np.ndarray, titles: List[str], threshold: float
+) -> Tuple[np.ndarray, List[Any]]:
+    """The drawn picture, and all detections of each model."""
+    outputs = [model(image) for model in models]
+    found = [o.get("instances") for o in outputs]
+    shown = [dict(o) for o in outputs]
+    for s in shown:
+        if "instances" in s:
+            s["instances"] = s["instances"][s["instances"].scores >= threshold]
+    shared: List[Any] = [None] * len(models)
+    if len(models) == 2 and all("instances" in s for s in shown):
+        pair = [s["instances"] for s in shown]
+        shared = [have_counterpart(pair[0], pair[1]), have_counterpart(pair[1], pair[0])]
+    panels = [draw(image, s, m.metadata, c) for s, m, c in zip(shown, models, shared)]
+    if len(panels) > 1:
+        panels = [_titled(p, title) for p, title in zip(panels, titles)]
+    return np.hstack(panels), found
+
+
+def _titled(image: np.ndarray, title: str) -> np.ndarray:
+    bar = np.full((28, image.shape[1], 3), 255, np.uint8)
+    cv2.putText(bar, title, (6, 19), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
+    return np.vstack([bar, image])
+
+
+def _titles(weights: List[str]) -> List[str]:
+    """What tells two files of weights apart: the parts of their paths that are not the same."""
+    paths = [Path(w).resolve().parts for w in weights]
+    titles = [
+        "_".join(p for p in parts if not all(p in other for other in paths)) for parts in paths
+    ]
+    distinct = len(set(titles)) == len(titles) and all(titles)
+    return titles if distinct else [str(n) for n in range(1, len(weights) + 1)]
+
+
+@one_line_errors
+def main() -> None:
+    """Entry point.
+
+    Raises:
+        UserError: bad arguments; or, after all others are done, images that cannot be read.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("images", nargs="+", metavar="IMAGES", help="files, folders, patterns")
+    parser.add_argument(
+        "--weights", nargs="+", required=True, metavar="FILE", help="one model, or two to compare"
+    )
+    parser.add_argument("--config-file", help="default: config.yaml beside the weights")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the predictions")
+    parser.add_argument(
+        "--score-threshold",
+        type=float,
+        default=0.5,
+        help="of what is drawn (default: %(default)s); the results file has all detections",
+    )
+    parser.add_argument(
+        "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE ... of the config"
+    )
+    args = parser.parse_args()
+    if len(args.weights) > 2:
+        raise UserError(f"--weights names {len(args.weights)} files: use one, or two to compare")
+    files = find_files(args.images)
+    models = load_models(args)
+    ids, titles = _image_ids(models), _titles(args.weights)
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--output {args.output}: {e.strerror}") from None
+
+    results: List[List[Dict[str, Any]]] = [[] for _ in models]
+    unread: List[str] = []
+    names: Dict[str, int] = {}
+    next_id = 1 + max((i for i in ids.values() if isinstance(i, int)), default=0)
+    # None: no bar where nobody looks at a terminal.
+    with tqdm(total=sum(map(count_frames, files)), unit="image", disable=None) as bar:
+        for file in files:
+            try:
+                for frame in frames(file):
+                    picture, found = _picture(models, frame.image, titles, args.score_threshold)
+                    image_id = ids.get(Path(frame.file).name)
+                    if image_id is None:
+                        image_id, next_id = next_id, next_id + 1
+                    for model, instances, entries in zip(models, found, results):
+                        if instances is not None:
+                            for r in coco_results(instances, image_id, model.metadata):
+                                entries.append({**r, "file_name": frame.file})
+                    # Two folders may have files of one name.
+                    count = names[frame.name] = names.get(frame.name, 0) + 1
+                    name = frame.name if count == 1 else f"{frame.name}_{count}"
+                    cv2.imwrite(str(args.output / f"{name}.png"), picture)
+                    bar.update()
+            except UserError as e:
+                unread.append(str(e))
+    for title, entries in zip(titles, results):
+        name = RESULTS if len(models) == 1 else f"{title}_{RESULTS}"
+        with atomic_write(str(args.output / name)) as f:
+            json.dump(entries, f)
+        print(args.output / name)
+    print(f"{sum(names.values())} pictures in {args.output}")
+    if unread:
+        raise UserError(f"{len(unread)} of {len(files)} files: {'; '.join(unread)}")
