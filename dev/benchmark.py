@@ -20,6 +20,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
+from refbn_d2 import get_config_file
 from refbn_d2.benchmarks.norm_cost import (
     DETECTOR_SHAPES,
     RESNET_SHAPES,
@@ -31,7 +32,6 @@ from refbn_d2.benchmarks.norm_cost import (
 from refbn_d2.errors import one_line_errors
 from refbn_d2.registry import NORMS
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -103,22 +103,21 @@ def _print_layers(title: str, results: list) -> None:
     Console(width=140).print(table)
 
 
-# Config files by norm, size of an image, and what makes the run free of files and of its weights:
+# Config, GN at its width, size of an image, and what makes the run free of files and of weights:
 # from random weights a FrozenBN network would diverge at a usual learning rate.
 MODELS = {
-    "quick": ("Quick/mask_rcnn_R_50_C4_quick_{}.yaml", (128, 128)),
-    "full": ("COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x_{}.yaml", (800, 1216)),
+    "quick": ("Quick/Base-mask_rcnn_R_50_C4_quick.yaml", "GN8", (128, 128)),
+    "full": ("COCO-InstanceSegmentation/Base-live-1x.yaml", "GN", (800, 1216)),
 }
 MODEL_OPTS = ["MODEL.WEIGHTS", "", "SOLVER.BASE_LR", "1e-9", "MODEL.RESNETS.STRIDE_IN_1X1", "True"]
 
 
 def models(args) -> dict:
-    path, size = MODELS[args.model]
-    names = ("BN", "RefBN", "FrozenBN", "GN")
-    configs = {n: str(CONFIGS / path.format(n.lower())) for n in names}
+    name, group_norm, size = MODELS[args.model]
+    norms = ("BN", "RefBN", "FrozenBN", group_norm)
     opts = ["MODEL.DEVICE", args.device, *MODEL_OPTS]
     with Console(stderr=True).status("training steps and inferences"):
-        results = model_times(configs, args.images, size, opts, args.repeats)
+        results = model_times(get_config_file(name), norms, args.images, size, opts, args.repeats)
     table = Table(title=f"the {args.model} detector, {args.images} images a step, one an inference")
     for column in ("norm", "step (s)", "quartiles", "against BN", "inference (s)", "quartiles"):
         table.add_column(column, justify="left" if column == "norm" else "right")

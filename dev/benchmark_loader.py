@@ -15,12 +15,13 @@ from pathlib import Path
 
 from PIL import Image
 
+from refbn_d2 import get_config_file
 from refbn_d2.classification import ClassificationTrainer
 from refbn_d2.config import load_config
 from refbn_d2.data.image_folder import register_image_folders
 from refbn_d2.errors import UserError, one_line_errors
 
-CONFIG = Path(__file__).parents[1] / "configs/ImageNet/resnet50_90epochs_refbn.yaml"
+CONFIG = "ImageNet/resnet50_90epochs_refbn.yaml"
 NUM_PHOTOS, NUM_IMAGES = 200, 20000
 
 
@@ -45,7 +46,9 @@ def throughput(num_workers: int, batch_size: int, batches: int):
     """Images per second, and per second of this process's CPU."""
     opts = ["DATALOADER.NUM_WORKERS", num_workers, "SOLVER.IMS_PER_BATCH", batch_size]
     opts += ["DATASETS.TRAIN", "('benchmark_train',)", "MODEL.CLASSIFIER.NUM_CLASSES", 1]
-    cfg = load_config(str(CONFIG), [*map(str, opts), "SOLVER.AMP.ENABLED", "False", "SEED", "0"])
+    cfg = load_config(
+        get_config_file(CONFIG), [*map(str, opts), "SOLVER.AMP.ENABLED", "False", "SEED", "0"]
+    )
     loader = iter(ClassificationTrainer.build_train_loader(cfg))
     for _ in itertools.islice(loader, 1 + 2 * num_workers):  # workers have started and are ahead
         pass

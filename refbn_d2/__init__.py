@@ -36,7 +36,7 @@ def __getattr__(name: str):
         return importlib.import_module(f"{__name__}.{_MOVED[name]}")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if _HOME[name] != "norms":
+    if _HOME[name] not in ("norms", "config_files"):
         importlib.import_module(f"{__name__}.upstream")  # says so if detectron2 is missing
     return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
 

@@ -127,18 +127,15 @@ def test_all_configs_of_the_repository_load():
         load_config(str(path))
 
 
-def test_protocol_a_freezes_every_norm_and_differs_in_the_weights_alone():
+def test_protocol_a_freezes_every_norm_and_reads_pixels_as_its_pretraining():
     """SPEC section 4: frozen to affine maps; pixels and strides of the pretraining."""
     coco = tiny.ROOT / "configs/COCO-InstanceSegmentation"
+    pretraining = load_config(str(tiny.ROOT / "configs/ImageNet/Base-paper.yaml"))
     for length in ("1x", "3x"):
-        bn, refbn = (
-            load_config(str(coco / f"mask_rcnn_R_50_C4_{length}_from_{norm}_frozen.yaml"))
-            for norm in ("bn", "refbn")
-        )
-        assert bn.MODEL.RESNETS.NORM == "FrozenBN" and not bn.MODEL.RESNETS.STRIDE_IN_1X1
-        assert bn.INPUT.FORMAT == "RGB" and bn.MODEL.PIXEL_STD[0] > 50
-        live = load_config(str(coco / f"mask_rcnn_R_50_C4_{length}_bn.yaml"))
-        assert bn.SOLVER == live.SOLVER and bn.MODEL.RPN == live.MODEL.RPN
-        assert bn.MODEL.WEIGHTS != refbn.MODEL.WEIGHTS
-        bn.MODEL.WEIGHTS = refbn.MODEL.WEIGHTS
-        assert bn == refbn
+        frozen = load_config(str(coco / f"mask_rcnn_R_50_C4_{length}_from_refbn_frozen.yaml"))
+        assert frozen.MODEL.RESNETS.NORM == "FrozenBN" and not frozen.MODEL.RESNETS.STRIDE_IN_1X1
+        assert frozen.INPUT.FORMAT == pretraining.INPUT.FORMAT == "RGB"
+        assert frozen.MODEL.PIXEL_MEAN == pretraining.MODEL.PIXEL_MEAN
+        assert frozen.MODEL.PIXEL_STD == pretraining.MODEL.PIXEL_STD
+        live = load_config(str(coco / f"Base-live-{length}.yaml"))
+        assert frozen.SOLVER == live.SOLVER and frozen.MODEL.RPN == live.MODEL.RPN

@@ -14,7 +14,6 @@ from refbn_d2.engine import Trainer
 
 FOLDER = tiny.ROOT / "configs/COCO-InstanceSegmentation"
 QUICK = tiny.ROOT / "configs/Quick"
-NORMS = {"bn": "BN", "frozenbn": "FrozenBN", "refbn": "RefBN"}
 
 
 def _flat(node, prefix=""):
@@ -36,8 +35,12 @@ def _norms(model):
     return {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
 
 
+def _leaf(schedule: str, norm: str) -> Path:
+    return FOLDER / f"mask_rcnn_R_50_C4_{schedule}_{norm.lower()}.yaml"
+
+
 def _build(norm="refbn", *options):
-    config = str(FOLDER / f"mask_rcnn_R_50_C4_1x_{norm}.yaml")
+    config = str(_leaf("1x", norm))
     return Trainer.build_model(load_config(config, ["MODEL.DEVICE", "cpu", *options]))
 
 
@@ -63,24 +66,32 @@ def test_baselines_have_their_norm_in_the_same_places(refbn_model, norm, kind):
 
 
 @pytest.mark.parametrize("schedule", ["1x", "3x"])
-@pytest.mark.parametrize("norm", ["bn", "frozenbn"])
-def test_leaves_differ_in_the_norm_only(schedule, norm):
-    one, two = (FOLDER / f"mask_rcnn_R_50_C4_{schedule}_{n}.yaml" for n in (norm, "refbn"))
-    assert _differences(one, two) == {"MODEL.RESNETS.NORM"}
-    assert load_config(str(one)).MODEL.RESNETS.NORM == NORMS[norm]
-    assert load_config(str(two)).MODEL.RESNETS.NORM == "RefBN"
+@pytest.mark.parametrize("norm", ["BN", "RefBN", "SyncBN", "FrozenBN"])
+def test_leaves_are_the_base_with_another_norm(schedule, norm):
+    base, leaf = FOLDER / f"Base-live-{schedule}.yaml", _leaf(schedule, norm)
+    assert _differences(base, leaf) <= {"MODEL.RESNETS.NORM"}
+    assert load_config(str(leaf)).MODEL.RESNETS.NORM == norm
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("schedule", ["1x", "3x"])
+def test_gn_differs_in_what_its_own_weights_need(schedule):
+    weights = {"MODEL.WEIGHTS", "MODEL.RESNETS.STRIDE_IN_1X1"}
+    difference = _differences(_leaf(schedule, "BN"), _leaf(schedule, "GN"))
+    assert difference == {"MODEL.RESNETS.NORM"} | weights
+
+
+@pytest.mark.parametrize("norm", ["bn", "refbn", "syncbn", "frozenbn", "gn", "from_refbn_frozen"])
 def test_schedules_differ_in_their_length_only(norm):
-    one, three = (FOLDER / f"mask_rcnn_R_50_C4_{n}x_{norm}.yaml" for n in (1, 3))
-    assert _differences(one, three) == {"SOLVER.STEPS", "SOLVER.MAX_ITER"}
+    difference = _differences(_leaf("1x", norm), _leaf("3x", norm))
+    assert difference == {"SOLVER.STEPS", "SOLVER.MAX_ITER"}
 
 
-@pytest.mark.parametrize("name", ["mask_rcnn_R_50_C4_quick", "classifier"])
-def test_quick_leaves_differ_in_the_norm_only(name):
-    difference = _differences(QUICK / f"{name}_bn.yaml", QUICK / f"{name}_refbn.yaml")
-    assert difference == {"MODEL.RESNETS.NORM"}
+def test_quick_leaves_are_the_base_with_another_norm():
+    base = QUICK / "Base-mask_rcnn_R_50_C4_quick.yaml"
+    for norm in ("BN", "RefBN"):
+        leaf = QUICK / f"mask_rcnn_R_50_C4_quick_{norm.lower()}.yaml"
+        assert _differences(base, leaf) <= {"MODEL.RESNETS.NORM"}
+        assert load_config(str(leaf)).MODEL.RESNETS.NORM == norm
 
 
 def test_weights_of_the_bn_model_load(refbn_model, caplog):

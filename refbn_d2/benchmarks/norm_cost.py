@@ -257,7 +257,8 @@ def _serve(config: str, images: str, height: str, width: str, *opts: str) -> Non
 
 
 def model_times(
-    configs: Dict[str, str],
+    config: str,
+    norms: Sequence[str],
     images: int,
     size: Tuple[int, int],
     opts: Sequence[str],
@@ -266,27 +267,29 @@ def model_times(
     """Times whole models, interleaved, each in a process of its own.
 
     Args:
-        configs: config files by name; the first is the yardstick.
+        config: config file of the model.
+        norms: values of MODEL.RESNETS.NORM; the first is what the others are divided by.
         images: of a training step; inference is of one.
         size: height and width of an image.
         opts: KEY VALUE pairs for all.
         repeats: rounds.
 
     Returns:
-        For each name, for ``step`` and ``inference``: ``median``, ``low``, ``high`` (seconds,
+        For each norm, for ``step`` and ``inference``: ``median``, ``low``, ``high`` (seconds,
         quartiles) and ``ratio`` (median over rounds, against the first of the same round). Further
         ``peak_bytes`` of memory.
     """
     arguments = [str(v) for v in (images, *size)]
     children = {
-        name: subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", _CHILD, config, *arguments, *opts],
+        norm: subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", _CHILD, config, *arguments, *opts]
+            + ["MODEL.RESNETS.NORM", norm],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
         )
-        for name, config in configs.items()
+        for norm in norms
     }
     seconds = {name: {"step": [], "inference": []} for name in children}
     peak: Dict[str, int] = {}
@@ -307,7 +310,7 @@ def model_times(
         for child in children.values():
             child.kill()
             child.wait()
-    first = seconds[next(iter(configs))]
+    first = seconds[norms[0]]
     return {
         name: {
             "peak_bytes": peak[name],

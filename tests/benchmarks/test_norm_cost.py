@@ -1,11 +1,10 @@
 """What the benchmark measures is what it says."""
 
-from pathlib import Path
-
 import torch
 from tiny import opts
 from torch import nn
 
+from refbn_d2 import get_config_file
 from refbn_d2.benchmarks.norm_cost import (
     PlainRefBatchNorm2d,
     SyncKernelsBatchNorm2d,
@@ -57,10 +56,9 @@ def test_the_kernels_of_syncbn_are_batch_norm():
 
 
 def test_models_are_measured_against_the_first():
-    config = Path(__file__).parents[2] / "configs/Quick/mask_rcnn_R_50_C4_quick_{}.yaml"
-    configs = {n: str(config).format(n.lower()) for n in ("BN", "RefBN")}
+    config = get_config_file("Quick/Base-mask_rcnn_R_50_C4_quick.yaml")
     options = opts(MODEL__WEIGHTS="")
-    times = model_times(configs, 1, (64, 96), options, 2)
+    times = model_times(config, ["BN", "RefBN"], 1, (64, 96), options, 2)
     assert list(times) == ["BN", "RefBN"]
     for t in times.values():
         assert t["peak_bytes"] > 50e6

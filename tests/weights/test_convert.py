@@ -25,7 +25,7 @@ from refbn_d2.norms import RefBatchNorm2d, capture, convert_norm
 from refbn_d2.weights.convert import convert
 
 COCO = tiny.ROOT / "configs/COCO-InstanceSegmentation"
-CLASSIFIER = str(tiny.ROOT / "configs/Quick/classifier_refbn.yaml")
+CLASSIFIER = str(tiny.ROOT / "configs/Quick/Base-classifier.yaml")
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ WIDTH = {k: v for k, v in tiny.SMALL.items() if k.startswith("MODEL.RESNETS.")}
 
 @pytest.fixture(scope="module")
 def classifier():
-    opts = [str(x) for pair in WIDTH.items() for x in pair]
+    opts = [str(x) for pair in WIDTH.items() for x in pair] + ["MODEL.RESNETS.NORM", "RefBN"]
     model = build_model(load_config(CLASSIFIER, [*opts, "MODEL.DEVICE", "cpu"]))
     for value in model.state_dict().values():
         if value.is_floating_point():
@@ -124,8 +124,8 @@ def classifier():
     return model
 
 
-def _detector_state(base, weights):
-    cfg = load_config(base, tiny.opts(MODEL__WEIGHTS=weights))
+def _detector_state(norm, weights):
+    cfg = load_config(tiny.CONFIG, tiny.opts(MODEL__WEIGHTS=weights, MODEL__RESNETS__NORM=norm))
     model = Trainer.build_model(cfg)
     Trainer.build_checkpointer(cfg, model).load(cfg.MODEL.WEIGHTS)
     return model.state_dict()
@@ -137,11 +137,11 @@ def test_detectors_get_every_weight_of_a_classifiers_residual_network(tmp_path, 
     target = str(tmp_path / "backbone.pth")
     conversion = convert(path, target)
     assert conversion.norm == "RefBN" and conversion.left_out == 0
-    for base in (tiny.CONFIG, tiny.CONFIG.replace("_refbn.yaml", "_frozenbn.yaml")):
-        state = _detector_state(base, target)
+    for norm in ("RefBN", "FrozenBN"):
+        state = _detector_state(norm, target)
         residual = {k for k in state if k.startswith(("backbone.", "roi_heads.res5."))}
         of_source = {k.replace("roi_heads.res5", "backbone.res5") for k in residual}
-        if base == tiny.CONFIG:
+        if norm == "RefBN":
             assert of_source == {k for k in source if k.startswith("backbone.")}
         for name in residual:
             expected = source[name.replace("roi_heads.res5", "backbone.res5")]
@@ -151,7 +151,7 @@ def test_detectors_get_every_weight_of_a_classifiers_residual_network(tmp_path, 
 def test_a_detector_gives_its_backbone_and_conv5_and_no_head(tmp_path, classifier):
     path = _save({"model": classifier.state_dict()}, tmp_path / "model_final.pth")
     convert(path, str(tmp_path / "backbone.pth"))
-    state = _detector_state(tiny.CONFIG, tmp_path / "backbone.pth")
+    state = _detector_state("RefBN", tmp_path / "backbone.pth")
     path = _save({"model": state}, tmp_path / "detector.pth")
     conversion = convert(path, str(tmp_path / "again.pth"))
     assert conversion.left_out == sum(".res" not in k and ".stem." not in k for k in state) > 0
@@ -167,7 +167,7 @@ def test_bn_from_refbn_leaves_the_reference_out(tmp_path, classifier):
     assert conversion.norm == "BN" and conversion.config["MODEL.BACKBONE.FREEZE_AT"] == 0
     assert not [k for k in weights if "ref_" in k] and "res2.0.conv1.norm.running_var" in weights
     # A RefBN detector takes it; its reference is captured later.
-    state = _detector_state(tiny.CONFIG, tmp_path / "bn.pth")
+    state = _detector_state("RefBN", tmp_path / "bn.pth")
     assert not state["backbone.stem.conv1.norm.ref_captured"]
 
 
