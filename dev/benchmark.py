@@ -29,8 +29,9 @@ from refbn_d2.benchmarks.norm_cost import (
     layer_times,
     model_times,
 )
-from refbn_d2.errors import one_line_errors
-from refbn_d2.registry import NORMS
+from refbn_d2.errors import UserError, one_line_errors
+from refbn_d2.norms import RefBatchNorm2d
+from refbn_d2.norms.table import NORM_TYPES
 
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -44,16 +45,18 @@ def geometric_mean(values) -> float:
 def layers(args) -> dict:
     norms = {
         "BN": nn.BatchNorm2d,
-        "RefBN": NORMS["RefBN"],
+        "RefBN": RefBatchNorm2d,
         "RefBN, plain formula": PlainRefBatchNorm2d,
-        "GN": lambda channels: nn.GroupNorm(32, channels),
-        "BRN": NORMS["BRN"],
-        "SN": NORMS["SN"],
+        **{name: NORM_TYPES[name].build for name in ("GN", "BRN", "SN")},
     }
     if args.device == "cuda":
         norms["BN, kernels of SyncBN"] = SyncKernelsBatchNorm2d
     if args.norms:
-        norms = {name: build for name, build in norms.items() if name in ("BN", *args.norms)}
+        known = {**{name: t.build for name, t in NORM_TYPES.items()}, **norms}
+        unknown = [name for name in args.norms if name not in known]
+        if unknown:
+            raise UserError(f"--norms {' '.join(unknown)}: known are {', '.join(known)}")
+        norms = {name: known[name] for name in dict.fromkeys(["BN", *args.norms])}
     groups = {f"R50-C4, {n} images": s for n, s in DETECTOR_SHAPES.items()}
     groups.update({f"ResNet-50, batch {n}": s for n, s in RESNET_SHAPES.items()})
     cases = [(g, s, f) for g, shapes in groups.items() for s in shapes for f in args.layout]

@@ -15,6 +15,8 @@ __all__ = [
     "convert_norm",
     "fold_norms",
     "get_config_file",
+    "register_norm",
+    "unregister_norm",
 ]
 
 # Public name -> the module that has it, imported when the name is first used.
@@ -26,6 +28,8 @@ _HOME = {
     "convert_norm": "norms",
     "fold_norms": "norms",
     "get_config_file": "config_files",
+    "register_norm": "norms",
+    "unregister_norm": "norms",
 }
 # Modules of version 0.1 by the names they had.
 _MOVED = {"reference": "statistics.reference"}

@@ -14,7 +14,7 @@ from torch import nn
 
 from .errors import UserError
 from .io import yaml as plain_yaml
-from .norms import BatchRenorm2d, RefBatchNorm2d
+from .norms.table import configure
 
 __all__ = ["add_refbn_config", "apply_norm_config", "load_config"]
 
@@ -180,10 +180,5 @@ def _check(cfg: CN) -> None:
 
 def apply_norm_config(model: nn.Module, cfg: CN) -> nn.Module:
     """Gives the norms of ``model`` what the config says about them; get_norm does not see it."""
-    for m in model.modules():
-        if isinstance(m, RefBatchNorm2d):
-            m.pseudo_count = float(cfg.MODEL.REFBN.PSEUDO_COUNT)
-        if isinstance(m, BatchRenorm2d):
-            # r and d reach their bounds where they do in the paper: after a third of its training.
-            m.schedule_steps = max(1, cfg.SOLVER.MAX_ITER // 3)
+    configure(model, cfg)
     return model

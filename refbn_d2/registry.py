@@ -1,47 +1,34 @@
-"""Teaches detectron2's get_norm the names of refbn_d2.norms."""
+"""Teaches detectron2's get_norm the names of the table of norm types."""
 
-import functools
 import types
-from typing import Callable, Dict, List, Optional, Union
+from functools import partial
+from typing import Callable, List, Optional, Union
 
-from detectron2.layers import FrozenBatchNorm2d, batch_norm
+from detectron2.layers import FrozenBatchNorm2d, NaiveSyncBatchNorm, batch_norm
 from torch import nn
 from torchvision.models.convnext import LayerNorm2d
 
 from .errors import UserError
-from .norms import (
-    BatchRenorm2d,
-    InstanceNorm2d,
-    RefBatchNorm2d,
-    SwitchableNorm2d,
-    SyncRefBatchNorm2d,
-    VirtualBatchNorm2d,
-)
-from .norms.convert import CONVERTIBLE
+from .norms.table import NORM_TYPES, NormType, register_norm, unregister_norm
 
-__all__ = ["NORMS", "UnknownNormError", "known_norms", "register"]
+__all__ = ["UnknownNormError", "known_norms", "register", "register_norm", "unregister_norm"]
 
-# Norm type -> constructor that takes the number of channels.
-NORMS: Dict[str, Callable[[int], nn.Module]] = {
-    "RefBN": RefBatchNorm2d,
-    "SyncRefBN": SyncRefBatchNorm2d,
-    "VBN": VirtualBatchNorm2d,
-    "BRN": BatchRenorm2d,
-    "SN": SwitchableNorm2d,
-    "IN": InstanceNorm2d,
-    # GN's 32 groups do not divide the channels of a ResNet of a quarter the width; 8 are its match.
-    "GN8": functools.partial(nn.GroupNorm, 8),
-    # Layer normalization as in the papers: over channels, height and width. (See LN below.)
-    "GN1": functools.partial(nn.GroupNorm, 1),
-}
-
-# Upstream's, for versions that lack them (0.6). LN is over the channels of each pixel.
-_BACKPORTS: Dict[str, Callable[[int], nn.Module]] = {
-    "LN": functools.partial(LayerNorm2d, eps=1e-6),
-}
-
-# What upstream's get_norm has known in one version or another; it keeps its table to itself.
+# What upstream's get_norm has known in one version or another; it keeps its table to itself. These
+# names mean what upstream makes of them, and ours only where a version (0.6: LN) lacks them.
 _UPSTREAM = ("BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
+
+_BATCH_NORM = {"convertible": True, "affine_in_eval": True, "needs_running_stats": True}
+
+# Those of them that norms.table, which must do without detectron2 and torchvision, cannot have.
+_UPSTREAM_TYPES = {
+    "FrozenBN": NormType(FrozenBatchNorm2d, FrozenBatchNorm2d, **_BATCH_NORM),
+    "GN": NormType(partial(nn.GroupNorm, 32)),
+    # Over the channels of each pixel, unlike GN1.
+    "LN": NormType(partial(LayerNorm2d, eps=1e-6)),
+    "nnSyncBN": NormType(nn.SyncBatchNorm),
+    "naiveSyncBN": NormType(NaiveSyncBatchNorm, NaiveSyncBatchNorm, **_BATCH_NORM),
+    "naiveSyncBN_N": NormType(partial(NaiveSyncBatchNorm, stats_mode="N")),
+}
 
 
 class UnknownNormError(UserError, KeyError):
@@ -51,7 +38,7 @@ class UnknownNormError(UserError, KeyError):
 
 
 def register() -> None:
-    """Makes ``get_norm(name, channels)`` know ``NORMS``, wherever detectron2 or others use it.
+    """Makes ``get_norm(name, channels)`` know the table, wherever detectron2 or others use it.
 
     ``get_norm`` is imported by name all over, and its table is local to it. So the function object
     everybody holds stays the one it is and only its code is exchanged, for code that asks
@@ -77,20 +64,20 @@ def register() -> None:
 
     get_norm.__code__ = patched.__code__.replace(co_name=get_norm.__name__)
     get_norm.refbn_upstream = upstream
-    CONVERTIBLE["FrozenBN"] = FrozenBatchNorm2d
+    NORM_TYPES.update(_UPSTREAM_TYPES)
 
 
 def _get_norm(norm: Union[str, Callable, None], out_channels: int) -> Optional[nn.Module]:
-    """What get_norm does now: our names first, upstream's for everything else."""
-    if isinstance(norm, str) and norm in NORMS:
-        return NORMS[norm](out_channels)
+    """What get_norm does now: upstream's names are built by upstream, all others by the table."""
+    if isinstance(norm, str) and norm in NORM_TYPES and norm not in _UPSTREAM:
+        return NORM_TYPES[norm].build(out_channels)
     try:
         return batch_norm.get_norm.refbn_upstream(norm, out_channels)
     except KeyError:
         if not isinstance(norm, str):
             raise
-        if norm in _BACKPORTS:
-            return _BACKPORTS[norm](out_channels)
+        if norm in NORM_TYPES:
+            return NORM_TYPES[norm].build(out_channels)
         raise UnknownNormError(
             f"unknown norm {norm!r}: known are {', '.join(known_norms())} and '' for none"
         ) from None
@@ -98,12 +85,4 @@ def _get_norm(norm: Union[str, Callable, None], out_channels: int) -> Optional[n
 
 def known_norms() -> List[str]:
     """All norm types that get_norm knows, upstream's first."""
-    known = []
-    for name in _UPSTREAM:
-        try:
-            batch_norm.get_norm.refbn_upstream(name, 32)
-        except KeyError:  # not in this version
-            if name not in _BACKPORTS:
-                continue
-        known.append(name)
-    return known + list(NORMS)
+    return [*_UPSTREAM, *(name for name in NORM_TYPES if name not in _UPSTREAM)]

@@ -12,8 +12,7 @@ from PIL import Image
 
 from refbn_d2.config import load_config
 from refbn_d2.engine import Trainer
-from refbn_d2.norms import fold_norms
-from refbn_d2.registry import NORMS
+from refbn_d2.norms import NORM_TYPES, fold_norms
 
 SIZES = [(96, 128), (80, 112)]  # height, width; the first is traced
 
@@ -166,7 +165,7 @@ def test_detector_by_scripting(images, export_tools):
 @pytest.mark.parametrize("norm", ["RefBN", "SyncRefBN", "BRN"])
 def test_a_scripted_norm_evaluates_and_does_not_train(norm):
     """It says so; it does not normalize by something else."""
-    layer = NORMS[norm](3).eval()
+    layer = NORM_TYPES[norm].build(3).eval()
     layer.running_mean.normal_()
     script, x = torch.jit.script(layer), torch.randn(2, 3, 4, 4)
     assert torch.equal(script(x), layer(x))

@@ -10,13 +10,16 @@ from detectron2.config import LazyCall, instantiate
 from detectron2.layers import BatchNorm2d, FrozenBatchNorm2d, NaiveSyncBatchNorm, ShapeSpec
 from detectron2.layers import get_norm as exported_get_norm
 from detectron2.layers.batch_norm import get_norm
-from detectron2.modeling.backbone import FPN, ResNet
+from detectron2.modeling.backbone import FPN, ResNet, build_backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.backbone.resnet import BasicStem
 from torch import nn
 
+import refbn_d2
 from refbn_d2 import RefBatchNorm2d, registry
+from refbn_d2.config import apply_norm_config, load_config
 from refbn_d2.errors import UserError
+from refbn_d2.norms import NORM_TYPES, convert_norm, fold_norms
 
 # Modules of detectron2 that bind get_norm by name.
 USERS = ["modeling.backbone.resnet", "modeling.backbone.fpn", "modeling.roi_heads.mask_head"]
@@ -112,7 +115,7 @@ def test_registering_again_changes_nothing():
     assert type(get_norm("RefBN", 3)) is RefBatchNorm2d
 
 
-CLASSES = {name: kind for name, kind in registry.NORMS.items() if isinstance(kind, type)}
+CLASSES = {name: t.kind for name, t in NORM_TYPES.items() if t.kind is not None}
 
 
 def test_gn8_is_group_norm_of_8_groups():
@@ -130,7 +133,7 @@ def test_ln_normalizes_over_the_channels_of_each_pixel():
 @pytest.mark.parametrize("name, kind", CLASSES.items())
 def test_every_name_gives_its_module(name, kind):
     norm = get_norm(name, 5)
-    assert type(norm) is kind and norm.num_features == 5
+    assert type(norm) is kind and len(norm.weight) == 5
 
 
 @pytest.mark.parametrize(
@@ -187,3 +190,83 @@ def test_a_lazy_config_builds_it():
     assert len(norms) == 1 + 16 + 3 + 8
     assert {type(m) for m in norms} == {RefBatchNorm2d}
     assert model.output_shape()["p2"] == ShapeSpec(channels=8, stride=4)
+
+
+class ScaledBatchNorm2d(nn.BatchNorm2d):
+    """A user's norm: BatchNorm whose training output is scaled by an option of the config."""
+
+    scale = 1.0
+
+    def forward(self, x):
+        return super().forward(x) * (self.scale if self.training else 1.0)
+
+
+@pytest.fixture
+def scaled_norm():
+    refbn_d2.register_norm(
+        "ScaledBN",
+        ScaledBatchNorm2d,
+        affine_in_eval=True,
+        configure=lambda layer, cfg: setattr(layer, "scale", cfg.MODEL.REFBN.PSEUDO_COUNT),
+    )
+    yield "ScaledBN"
+    refbn_d2.unregister_norm("ScaledBN")
+
+
+def test_a_norm_of_the_users_own_is_built_and_configured_from_a_config(scaled_norm):
+    cfg = load_config(
+        tiny.CONFIG,
+        ["MODEL.RESNETS.NORM", scaled_norm, "MODEL.DEVICE", "cpu", "MODEL.REFBN.PSEUDO_COUNT", 3.0],
+    )
+    model = apply_norm_config(build_backbone(cfg), cfg)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) > 10 and {type(m) for m in norms} == {ScaledBatchNorm2d}
+    assert {m.scale for m in norms} == {3.0}
+
+
+def test_a_norm_of_the_users_own_is_converted_and_folded(scaled_norm):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    model(torch.randn(4, 3, 5, 5) + 1)
+    x = torch.randn(2, 3, 5, 5)
+    wanted = model.eval()(x)
+    assert type(convert_norm(model, scaled_norm)[1]) is ScaledBatchNorm2d
+    assert torch.equal(model(x), wanted)
+    assert type(fold_norms(model)[1]) is nn.Identity
+    assert torch.allclose(model(x), wanted, atol=1e-5)
+
+
+def test_a_norm_of_the_users_own_is_listed_and_forgotten_again(scaled_norm):
+    assert scaled_norm in registry.known_norms()
+    with pytest.raises(UserError, match=scaled_norm):
+        get_norm("Nonsense", 4)
+    refbn_d2.unregister_norm(scaled_norm)
+    with pytest.raises(UserError, match="unknown norm 'ScaledBN'"):
+        get_norm(scaled_norm, 4)
+    with pytest.raises(ValueError, match="'ScaledBN'"):
+        convert_norm(nn.BatchNorm2d(3), scaled_norm)
+    refbn_d2.register_norm(scaled_norm, ScaledBatchNorm2d)  # the fixture takes it out
+
+
+def test_a_norm_that_is_no_batch_norm_is_refused_by_conversion_and_left_by_folding():
+    refbn_d2.register_norm("GN2", lambda channels: nn.GroupNorm(2, channels))
+    try:
+        assert type(get_norm("GN2", 4)) is nn.GroupNorm
+        with pytest.raises(ValueError, match="cannot convert to norm 'GN2'"):
+            convert_norm(nn.BatchNorm2d(4), "GN2")
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), get_norm("GN2", 4)).eval()
+        assert type(fold_norms(model)[1]) is nn.GroupNorm
+    finally:
+        refbn_d2.unregister_norm("GN2")
+
+
+@pytest.mark.parametrize("name", ["BN", "GN", "LN", "FrozenBN", "RefBN", ""])
+def test_a_name_that_is_taken_cannot_be_registered(name):
+    with pytest.raises(ValueError, match=f"norm type '{name}'"):
+        refbn_d2.register_norm(name, nn.BatchNorm2d)
+
+
+def test_bad_registrations():
+    with pytest.raises(ValueError, match="say the class of its layers"):
+        refbn_d2.register_norm("X", lambda channels: nn.BatchNorm2d(channels), convertible=True)
+    with pytest.raises(ValueError, match="'RefBN' was not added by register_norm"):
+        refbn_d2.unregister_norm("RefBN")

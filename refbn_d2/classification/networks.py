@@ -1,7 +1,7 @@
 """The networks of the classification track: LeNet-5, VGG-16, and those of torchvision or timm."""
 
 import difflib
-from typing import Callable, Dict, Iterator, Tuple
+from typing import Callable, Dict
 
 import torchvision
 from detectron2.layers import get_norm
@@ -12,7 +12,8 @@ from torchvision.models.vgg import make_layers
 
 from ..errors import UserError
 from ..norms import convert_norm
-from ..norms.convert import CONVERTIBLE
+from ..norms.convert import recognized
+from ..norms.table import NORM_TYPES
 
 __all__ = ["LeNet5", "VGG16", "build_network"]
 
@@ -128,25 +129,25 @@ def _build_timm(name: str, num_classes: int) -> nn.Module:
     return timm.create_model(name, num_classes=num_classes)
 
 
-def _batch_norms(network: nn.Module) -> Iterator[Tuple[nn.Module, str, nn.BatchNorm2d]]:
-    """Parent, name in it and layer of each BatchNorm."""
-    for parent in list(network.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.BatchNorm2d):
-                yield parent, name, child
-
-
 def _exchange_norms(network: nn.Module, name: str, norm: str) -> None:
-    norms = list(_batch_norms(network))
-    # timm has subclasses that hold an activation, too.
-    other = [type(m).__name__ for _, _, m in norms if type(m) is not nn.BatchNorm2d]
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    layers = {m: recognized(m) for m in norms}
+    target = NORM_TYPES.get(norm)
+    converts = target is not None and target.convertible
+    # A layer with an activation inside becomes another such layer, or stays.
+    other = [m for m, found in layers.items() if found is None or found.activated and not converts]
     if other or (norm and not norms):
-        what = f"its {other[0]} cannot be exchanged" if other else "it has none; try its name + _bn"
+        what = "it has none; try its name + _bn"
+        if other:
+            what = f"its {type(other[0]).__name__} cannot be exchanged"
         raise UserError(
             f"MODEL.CLASSIFIER.NETWORK {name} with MODEL.CLASSIFIER.NORM {norm}: {what}"
         )
-    if norm in CONVERTIBLE:  # keeps eps and momentum, which are not the default in every network
+    if converts:  # keeps eps and momentum, which are not the default in every network
         convert_norm(network, norm)
         return
-    for parent, child_name, layer in norms:
-        setattr(parent, child_name, get_norm(norm, layer.num_features) or nn.Identity())
+    for parent in list(network.modules()):
+        for child_name, child in list(parent.named_children()):
+            if child in layers:
+                new = get_norm(norm, child.num_features) or nn.Identity()
+                setattr(parent, child_name, new)

@@ -11,12 +11,15 @@ from .ref_batch_norm import RefBatchNorm2d
 from .reference_norm import ReferenceNorm2d
 from .switchable_norm import SwitchableNorm2d
 from .sync_ref_batch_norm import SyncRefBatchNorm2d
+from .table import NORM_TYPES, NormType, register_norm, unregister_norm
 from .virtual_batch_norm import VirtualBatchNorm2d
 
 __all__ = [
     "BatchRenorm2d",
     "InstanceNorm2d",
     "Moments",
+    "NORM_TYPES",
+    "NormType",
     "RefBatchNorm2d",
     "ReferenceNorm2d",
     "SwitchableNorm2d",
@@ -27,4 +30,6 @@ __all__ = [
     "convert_norm",
     "fold_norms",
     "ref_batch_norm",
+    "register_norm",
+    "unregister_norm",
 ]

@@ -100,9 +100,10 @@ class BatchRenorm2d(nn.BatchNorm2d):
             d = torch.clamp((mean - self.running_mean.to(mean.dtype)) / sigma, -d_max, d_max)
         # weight (x_hat r + d) + bias is BatchNorm with these, and has its gradient and its kernel.
         weight, bias = r, d
-        if self.affine:
-            weight = self.weight.to(r.dtype) * r
-            bias = self.weight.to(d.dtype) * d + self.bias.to(d.dtype)
+        if self.weight is not None:
+            weight, bias = self.weight.to(r.dtype) * r, self.weight.to(d.dtype) * d
+        if self.bias is not None:
+            bias = bias + self.bias.to(d.dtype)
         y = F.batch_norm(x, None, None, weight, bias, training=True, eps=self.eps)
 
         with torch.no_grad():

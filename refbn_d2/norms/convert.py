@@ -1,110 +1,228 @@
 """Walking a module tree from one norm to another."""
 
-from typing import Callable, Dict
+import logging
+import weakref
+from typing import Dict, List, NamedTuple, Optional, Tuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils import parametrize
 
-from .batch_renorm import BatchRenorm2d
-from .ref_batch_norm import RefBatchNorm2d
+from .activated import activated_source, with_activation
 from .reference_norm import ReferenceNorm2d
-from .sync_ref_batch_norm import SyncRefBatchNorm2d
-from .virtual_batch_norm import VirtualBatchNorm2d
+from .table import NORM_TYPES, NormType
 
-__all__ = ["CONVERTIBLE", "convert_norm"]
+__all__ = ["NormLayer", "by_type", "convert_norm", "recognized"]
 
-# Norms with BatchNorm's parameters and running statistics: what one holds, another can take over.
-# A constructor takes num_features and eps. refbn_d2.registry adds detectron2's own FrozenBN.
-CONVERTIBLE: Dict[str, Callable[..., nn.Module]] = {
-    "BN": nn.BatchNorm2d,
-    "RefBN": RefBatchNorm2d,
-    "SyncRefBN": SyncRefBatchNorm2d,
-    "VBN": VirtualBatchNorm2d,
-    "BRN": BatchRenorm2d,
-}
+logger = logging.getLogger(__name__)
 
-_STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+# Classes of detectron2, torchvision and timm, which this package must not import.
+_FROZEN = ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")
+_LIBRARIES = ("detectron2.", "torchvision.", "timm.")
+_AFFINE = ("weight", "bias")
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_OPTIONS = ("eps", "momentum", "affine", "track_running_stats", "pseudo_count")
 
 
-def _is_convertible(module: nn.Module) -> bool:
-    kinds = tuple(k for k in CONVERTIBLE.values() if isinstance(k, type))
-    return isinstance(module, kinds + (nn.SyncBatchNorm,))
+class NormLayer(NamedTuple):
+    """What is known about a layer that is one of the table's norms, or such a norm and more.
+
+    Attributes:
+        kind: the norm's class.
+        type: its entry in the table; None for frozen norms of other libraries.
+        activated: whether the layer also applies its ``drop`` and ``act``.
+    """
+
+    kind: type
+    type: Optional[NormType]
+    activated: bool
+
+    @property
+    def convertible(self) -> bool:
+        """Whether the norm holds BatchNorm's parameters and running statistics."""
+        return self.type is None or self.type.convertible
+
+    @property
+    def affine_in_eval(self) -> bool:
+        """Whether the norm in evaluation is one affine map per channel."""
+        return self.type is None or self.type.affine_in_eval
+
+
+def recognized(module: nn.Module) -> Optional[NormLayer]:
+    """What is known about a norm; None if ``module`` is none, or does something of its own.
+
+    Only exact classes count: a subclass may compute something else.
+    """
+    kind = parametrize.type_before_parametrizations(module)
+    inner = activated_source(kind)
+    activated, kind = inner is not None, inner or kind
+    if "forward" in vars(module):  # replaced on this one layer
+        return None
+    for norm_type in NORM_TYPES.values():
+        if norm_type.kind is kind:
+            return NormLayer(kind, norm_type, activated)
+    if kind.__name__ in _FROZEN and kind.__module__.startswith(_LIBRARIES):
+        return NormLayer(kind, None, activated)
+    return None
 
 
 def convert_norm(module: nn.Module, norm: str) -> nn.Module:
     """Replaces every BatchNorm-like layer below ``module`` by the norm called ``norm``.
 
-    Affine parameters, running statistics and, where both have one, the reference are carried over:
-    evaluation gives the same outputs, exactly; only that of VBN, which differs between samples, is
-    no other norm's. A layer used in two places stays one layer. GN, LN and other norms that are not
-    BatchNorm in evaluation are left alone.
+    Affine parameters, running statistics, hooks, parametrizations and, where both have one, the
+    reference are carried over: evaluation gives the same outputs, exactly; only that of VBN, which
+    differs between samples, is no other norm's. Parameters stay the same objects, as in
+    ``nn.SyncBatchNorm.convert_sync_batchnorm``: an optimizer made before goes on training them, and
+    what shares a parameter still does. A layer used in two places stays one layer. timm's
+    BatchNormAct2d (and its synchronized and frozen forms) keeps its activation and drop layer.
+
+    A BatchNorm-like layer that cannot be converted without changing the function stays as it is:
+    a subclass with behaviour of its own, a lazy, 1-d or 3-d norm, or an ``nn.SyncBatchNorm`` that
+    follows a linear, 1-d or 3-d layer. The log says how many layers were converted (INFO) and which
+    ones were left (WARNING). GN, LN and other norms that are no BatchNorm in evaluation are left
+    without a word.
 
     Args:
         module: changed in place, unless it is itself a norm.
-        norm: a key of ``CONVERTIBLE``: "BN", "RefBN", "SyncRefBN", "VBN", "BRN", and "FrozenBN"
-            with detectron2.
+        norm: "BN", "RefBN", "SyncRefBN", "VBN", "BRN", "SyncBN", or a convertible norm type of your
+            own; with detectron2 also "FrozenBN" and "naiveSyncBN".
 
     Returns:
         ``module``, or its replacement.
 
     Raises:
         ValueError: an unknown name (the message lists the known ones), or a layer holds no running
-            statistics and the other norm cannot be without.
+            statistics and the other norm cannot be without; nothing is changed then.
     """
-    if norm not in CONVERTIBLE:
-        known = ", ".join(CONVERTIBLE)
+    known = [name for name, t in NORM_TYPES.items() if t.convertible]
+    if norm not in known:
         hint = "; FrozenBN is detectron2's: import refbn_d2 first" if norm == "FrozenBN" else ""
-        raise ValueError(f"cannot convert to norm {norm!r}: known are {known}{hint}")
-    return _convert(module, CONVERTIBLE[norm], {})
-
-
-def _convert(module: nn.Module, build: Callable[..., nn.Module], done: Dict) -> nn.Module:
-    if module in done:
-        return done[module]
-    result = module
-    if _is_convertible(module):
-        result = _replacement(module, build)
-    else:
+        raise ValueError(f"cannot convert to norm {norm!r}: known are {', '.join(known)}{hint}")
+    target = NORM_TYPES[norm]
+    layers, left = _find(module)
+    for layer in layers.values():
+        _check(layer, target)
+    replacements = {layer: _replacement(layer, target) for layer in layers.values()}
+    for parent in list(module.modules()):
         # Not named_children(), which leaves out the second name of a child that has two.
-        for name, child in module._modules.items():
-            new_child = None if child is None else _convert(child, build, done)
-            if new_child is not child:
-                setattr(module, name, new_child)
-    done[module] = result
-    return result
+        for name, child in parent._modules.items():
+            if child in replacements:
+                setattr(parent, name, replacements[child])
+    _report(norm, [(n, m) for n, m in layers.items() if replacements[m] is not m], left)
+    return replacements.get(module, module)
+
+
+def _find(module: nn.Module) -> Tuple[Dict[str, nn.Module], List[Tuple[str, nn.Module]]]:
+    """The convertible layers by name, and the BatchNorm-like layers that are not."""
+    layers, left = {}, []
+    before: Optional[nn.Module] = None
+    for name, m in module.named_modules():
+        found = recognized(m)
+        if isinstance(m, nn.SyncBatchNorm) and _dimension(before) != 2:
+            left.append((name, m))
+        elif found is not None and found.convertible and _is_plain(m, found):
+            layers[name] = m
+        elif isinstance(m, _NormBase) and not isinstance(m, nn.modules.instancenorm._InstanceNorm):
+            left.append((name, m))
+        elif type(m).__name__ in _FROZEN:
+            left.append((name, m))
+        elif isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)):
+            before = m
+    return layers, left
+
+
+def _dimension(before: Optional[nn.Module]) -> int:
+    """Spatial dimensions of what ``before``, the layer in front of a SyncBatchNorm, puts out."""
+    if isinstance(before, (nn.Linear, nn.Conv1d, nn.ConvTranspose1d)):
+        return 1
+    return 3 if isinstance(before, (nn.Conv3d, nn.ConvTranspose3d)) else 2
+
+
+def _is_plain(module: nn.Module, found: NormLayer) -> bool:
+    """Whether the layer has no parameters, buffers or children besides those of its class."""
+    # Pruning and torch.nn.utils.weight_norm add some; parametrizations are carried over instead.
+    expected = {*_AFFINE, *_STATISTICS, "parametrizations"}
+    if found.activated:
+        expected |= {"drop", "act"}
+    if found.type is not None:
+        fresh = found.type.build(1)
+        expected |= {*fresh._parameters, *fresh._buffers, *fresh._modules}
+    return {*module._parameters, *module._buffers, *module._modules} <= expected
+
+
+def _check(old: nn.Module, target: NormType) -> None:
+    if old.running_mean is None and target.needs_running_stats:
+        raise ValueError(
+            f"cannot convert {old!r} to {target.kind.__name__}: it has no running statistics"
+        )
 
 
 @torch.no_grad()
-def _replacement(old: nn.Module, build: Callable[..., nn.Module]) -> nn.Module:
-    if type(old) is build:
+def _replacement(old: nn.Module, target: NormType) -> nn.Module:
+    found = recognized(old)
+    if found.kind is target.kind:
         return old
-    kwargs = {}
-    if isinstance(old, _NormBase) and issubclass(build, _NormBase):
-        kwargs = {
-            "momentum": old.momentum,
-            "affine": old.affine,
-            "track_running_stats": old.track_running_stats,
-        }
-    elif old.running_mean is None:
-        raise ValueError(
-            f"cannot convert {old!r} to {build.__name__}: it has no running statistics"
-        )
-    if isinstance(old, RefBatchNorm2d) and issubclass(build, RefBatchNorm2d):
-        kwargs["pseudo_count"] = old.pseudo_count
-    new = build(old.num_features, eps=old.eps, **kwargs)
-    floats = [t for t in old.state_dict().values() if t.is_floating_point()]
-    if floats:
-        new.to(device=floats[0].device, dtype=floats[0].dtype)
-    for name in _STATE:
-        source, target = getattr(old, name, None), getattr(new, name, None)
-        if source is None or target is None:
-            continue
-        if isinstance(target, nn.Parameter):
-            trainable = source.requires_grad if isinstance(source, nn.Parameter) else True
-            setattr(new, name, nn.Parameter(source.detach().clone(), requires_grad=trainable))
-        else:
-            setattr(new, name, source.detach().clone())
+    num_features = getattr(old, "num_features", None) or old.running_mean.numel()
+    new = target.build(num_features)
+    if found.activated:
+        new.__class__ = with_activation(target.kind)
+        new.drop, new.act = old.drop, old.act
+    for name in _OPTIONS:
+        if hasattr(old, name) and hasattr(new, name):
+            setattr(new, name, getattr(old, name))
+    for example in (*old.parameters(), *old.buffers()):
+        if example.is_floating_point():
+            new.to(device=example.device, dtype=example.dtype)
+            break
+    for name in (*_AFFINE, *_STATISTICS):
+        _take_over(old, new, name)
+    parametrize.transfer_parametrizations_and_params(old, new)
     if isinstance(old, ReferenceNorm2d) and isinstance(new, ReferenceNorm2d) and old.has_reference:
         new.set_reference(old.ref_mean, old.ref_var, size=int(old.ref_size))
+    _take_over_hooks(old, new)
     return new.train(old.training)
+
+
+def _take_over(old: nn.Module, new: nn.Module, name: str) -> None:
+    """Gives ``new`` the parameter or buffer ``name`` of ``old``: the same object, where it can."""
+    if not hasattr(old, name):
+        return  # a frozen norm counts no batches
+    value: Optional[Tensor] = getattr(old, name)
+    if name in new._parameters:
+        if value is not None and not isinstance(value, nn.Parameter):
+            value = nn.Parameter(value.detach().clone())
+        new._parameters[name] = value
+    elif name in new._buffers:
+        if isinstance(value, nn.Parameter):
+            value = value.detach().clone()
+        # A frozen norm has no way to be without: it keeps a scale of one and a shift of zero.
+        if value is not None or isinstance(new, _NormBase):
+            new._buffers[name] = value
+
+
+def _take_over_hooks(old: nn.Module, new: nn.Module) -> None:
+    for name, value in vars(old).items():
+        if "_hook" in name:  # torch.nn.Module's dicts of hooks
+            setattr(new, name, value)  # the same dict, so that handles still remove their hooks
+    for hook in new._load_state_dict_pre_hooks.values():
+        if getattr(hook, "with_module", False):
+            hook.module = weakref.ref(new)
+
+
+def by_type(layers: List[Tuple[str, nn.Module]]) -> str:
+    """A text that counts layers by their type and lists their names."""
+    groups: Dict[str, List[str]] = {}
+    for name, m in layers:
+        groups.setdefault(type(m).__name__, []).append(name or "the module itself")
+    return "; ".join(f"{len(names)} {kind} ({', '.join(names)})" for kind, names in groups.items())
+
+
+def _report(norm: str, converted: list, left: List[Tuple[str, nn.Module]]) -> None:
+    counts: Dict[str, int] = {}
+    for _, m in converted:
+        counts[type(m).__name__] = counts.get(type(m).__name__, 0) + 1
+    text = ", ".join(f"{n} {kind}" for kind, n in counts.items()) or "no layer"
+    logger.info("Converted %s to %s", text, norm)
+    if left:
+        logger.warning("Left %d norms as they are: %s", len(left), by_type(left))

@@ -1,37 +1,84 @@
 """Folding norms into the convolutions before them, for inference."""
 
+import logging
 from collections import Counter
-from typing import Dict, List, Tuple
+from contextlib import contextmanager
+from typing import Dict, Iterator, List, Optional, Set, Tuple
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from .convert import CONVERTIBLE
+from .convert import by_type, recognized
 from .reference_norm import ReferenceNorm2d
 
 __all__ = ["fold_norms"]
 
+logger = logging.getLogger(__name__)
 
-def _is_affine_map(norm: nn.Module) -> bool:
-    """Whether ``norm`` in evaluation is one affine map per channel and nothing else."""
-    # Exact types: a subclass may do more, as timm's BatchNormAct2d, which holds an activation.
-    # FrozenBatchNorm2d is detectron2's and torchvision's, which this package must not import.
-    known = type(norm) in (*CONVERTIBLE.values(), nn.SyncBatchNorm)
-    if isinstance(norm, ReferenceNorm2d):
-        return known and norm._by_running_stats()
-    known = known or type(norm).__name__ == "FrozenBatchNorm2d"
-    return known and norm.running_mean is not None
+Pair = Tuple[nn.Conv2d, nn.Module]
+
+
+def _is_affine_map(norm: Optional[nn.Module]) -> bool:
+    """Whether ``norm`` in evaluation is one affine map per channel, and at most an activation."""
+    found = None if norm is None else recognized(norm)
+    if found is None or norm.running_mean is None or _is_observed(norm):
+        return False
+    if isinstance(norm, ReferenceNorm2d):  # VBN only is one as long as it has no reference
+        return norm._by_running_stats()
+    return found.affine_in_eval
+
+
+def _is_observed(module: nn.Module) -> bool:
+    """Whether hooks or parametrizations see the module, or replace what it does."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooks) or "parametrizations" in module._modules
+
+
+def _is_detectron2_conv(module: nn.Module) -> bool:
+    """Whether the module is a convolution that applies its own ``norm`` and ``activation``."""
+    return type(module).__module__.startswith("detectron2.") and type(module).__name__ == "Conv2d"
+
+
+def _is_foldable_into(conv: nn.Module) -> bool:
+    """Whether ``conv`` puts out a convolution by its ``weight`` and ``bias`` and nothing else."""
+    if _is_observed(conv):
+        return False
+    if _is_detectron2_conv(conv):
+        return conv.norm is None and conv.activation is None
+    # Other subclasses may standardize their weights or put an activation behind. timm's
+    # Conv2dSame only pads, as TensorFlow does.
+    kind = type(conv)
+    return kind is nn.Conv2d or (
+        kind.__name__ == "Conv2dSame" and kind.__module__.startswith("timm.")
+    )
 
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, name: str) -> bool:
-        return isinstance(m, nn.Conv2d) or _is_affine_map(m) or super().is_leaf_module(m, name)
+        if isinstance(m, nn.Conv2d) or recognized(m) is not None:
+            return True
+        # detectron2's, which takes another norm at every call: none of them follows a convolution.
+        return type(m).__name__ == "CycleBatchNormList" or super().is_leaf_module(m, name)
 
 
-def _traced_pairs(model: nn.Module) -> List[Tuple[nn.Conv2d, nn.Module]]:
+@contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Undoes what a traced forward pass does to the attributes of modules."""
+    before = [(m, dict(vars(m))) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for m, attributes in before:
+            vars(m).clear()
+            vars(m).update(attributes)
+
+
+def _traced_pairs(model: nn.Module) -> List[Pair]:
     """Convolutions whose only use goes through a norm that is used only there."""
-    graph = _Tracer().trace(model)
+    with _attributes_kept(model):
+        graph = _Tracer().trace(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     calls = [n for n in graph.nodes if n.op == "call_module"]
     uses = Counter(modules[n.target] for n in calls)
@@ -43,9 +90,26 @@ def _traced_pairs(model: nn.Module) -> List[Tuple[nn.Conv2d, nn.Module]]:
         if source.op != "call_module" or len(source.users) > 1:
             continue
         conv = modules[source.target]
-        if isinstance(conv, nn.Conv2d) and uses[conv] == uses[norm] == 1:
+        if _is_foldable_into(conv) and uses[conv] == uses[norm] == 1:
             pairs.append((conv, norm))
     return pairs
+
+
+def _find_pairs(model: nn.Module) -> Tuple[List[Pair], Optional[Exception]]:
+    """Pairs of ``model``, or of its parts where it cannot be traced; and why it cannot be."""
+    if not any(_is_affine_map(m) for m in model.modules()):
+        return [], None
+    try:
+        return _traced_pairs(model), None
+    except Exception as e:  # whatever the forward pass raises when it is given symbols
+        pairs = [pair for child in model.children() for pair in _find_pairs(child)[0]]
+        return pairs, e
+
+
+def _used_once(model: nn.Module) -> Set[nn.Module]:
+    """The modules that have one place in ``model``: a part that is traced shows all their uses."""
+    places = Counter(child for parent in model.modules() for child in parent._modules.values())
+    return {m for m, count in places.items() if count == 1}
 
 
 @torch.no_grad()
@@ -53,10 +117,14 @@ def fold_norms(model: nn.Module) -> nn.Module:
     """Folds norms that are affine maps in evaluation into the convolutions before them.
 
     That is BN, SyncBN, RefBN, SyncRefBN, BRN and FrozenBN by their running statistics: RefBN then
-    costs nothing in inference, and a convolution gains a bias. Which convolution precedes a norm is
-    known of a convolution that holds its ``norm``, as detectron2's does; for all others
-    :mod:`torch.fx` follows the forward pass. A norm is left alone where the answer is none, where
-    the convolution's output has other uses, or where either is called more than once.
+    costs nothing in inference, and a convolution gains a bias. Of timm's BatchNormAct2d the drop
+    layer and the activation stay. Which convolution precedes a norm is known of a convolution that
+    holds its ``norm``, as detectron2's does; for all others :mod:`torch.fx` follows the forward
+    pass of the model or, where it cannot be traced, of its largest parts that can be.
+
+    A norm stays where no convolution precedes it, where the convolution's output has other uses,
+    where either is called more than once or watched by hooks, and in parts that cannot be traced.
+    The log says how many norms were folded (INFO), and which BatchNorm-like norms stay (WARNING).
 
     Args:
         model: in evaluation mode; changed in place, for good: it cannot be trained as before.
@@ -65,34 +133,42 @@ def fold_norms(model: nn.Module) -> nn.Module:
         ``model``, with the same outputs to rounding.
 
     Raises:
-        ValueError: ``model`` is in training mode, or has norms beside convolutions and cannot be
-            traced; it is then as it was.
+        ValueError: ``model`` is in training mode, or cannot be traced, and no norm could be folded;
+            it is then as it was.
     """
     if any(m.training for m in model.modules()):
         raise ValueError("fold_norms folds running statistics: call model.eval() first")
-    holders = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    holders = [m for m in holders if _is_affine_map(getattr(m, "norm", None))]
-    held = {m.norm for m in holders}
-    rest = {n: m for n, m in model.named_modules() if _is_affine_map(m) and m not in held}
-    pairs = _find_pairs(model, rest) if rest else []
+    holders = [m for m in model.modules() if _is_detectron2_conv(m) and _is_affine_map(m.norm)]
+    held = Counter(m.norm for m in holders)
+    holders = [m for m in holders if held[m.norm] == 1 and not _is_observed(m)]
+    pairs, reason = _find_pairs(model)
+    if reason is not None:
+        once = _used_once(model)
+        pairs = [(conv, norm) for conv, norm in pairs if conv in once and norm in once]
+    pairs = [(conv, norm) for conv, norm in pairs if norm not in held]
+    folded = {norm for _, norm in pairs} | {conv.norm for conv in holders}
+    left = [
+        (name, m)
+        for name, m in model.named_modules()
+        if m not in folded and (isinstance(m, _BatchNorm) or _is_affine_map(m))
+    ]
+    if left and reason is not None and not folded:
+        names = ", ".join(name for name, _ in left)
+        raise ValueError(
+            f"cannot tell which convolutions precede {names}: torch.fx cannot trace "
+            f"{type(model).__name__} ({' '.join(str(reason).split())}); fold the parts that it can "
+            "trace"
+        ) from reason
     for conv in holders:
         _fold(conv, conv.norm)
-        conv.norm = None
+        conv.norm = _rest(conv.norm, None)
     for conv, norm in pairs:
         _fold(conv, norm)
-    _replace_by_identity(model, {norm for _, norm in pairs})
+    _replace(model, {norm: _rest(norm, nn.Identity()) for _, norm in pairs})
+    logger.info("Folded %d norms into convolutions", len(folded))
+    if left:
+        logger.warning("%d norms stay as they are: %s", len(left), by_type(left))
     return model
-
-
-def _find_pairs(model: nn.Module, norms: Dict[str, nn.Module]) -> list:
-    try:
-        return _traced_pairs(model)
-    except Exception as e:  # whatever the forward pass raises when it is given symbols
-        reason = " ".join(str(e).split())
-        raise ValueError(
-            f"cannot tell which convolutions precede {', '.join(norms)}: torch.fx cannot trace "
-            f"{type(model).__name__} ({reason}); fold the parts that it can trace"
-        ) from e
 
 
 def _fold(conv: nn.Conv2d, norm: nn.Module) -> None:
@@ -102,8 +178,15 @@ def _fold(conv: nn.Conv2d, norm: nn.Module) -> None:
     )
 
 
-def _replace_by_identity(model: nn.Module, norms: set) -> None:
+def _rest(norm: nn.Module, nothing: Optional[nn.Module]) -> Optional[nn.Module]:
+    """What a folded norm leaves in its place: its drop layer and activation, or ``nothing``."""
+    if not recognized(norm).activated:
+        return nothing
+    return nn.Sequential(norm.drop, norm.act).eval()
+
+
+def _replace(model: nn.Module, replacements: Dict[nn.Module, Optional[nn.Module]]) -> None:
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if child in norms:
-                setattr(parent, name, nn.Identity())
+            if child in replacements:
+                setattr(parent, name, replacements[child])

@@ -121,6 +121,105 @@ class _Activated(nn.BatchNorm2d):
         return super().forward(x).relu()
 
 
+class _Standardized(nn.Conv2d):
+    def forward(self, x):
+        w = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return nn.functional.conv2d(x, w, self.bias)
+
+
+class _Detectron2Conv:
+    @staticmethod
+    def activated():
+        from detectron2.layers import Conv2d
+
+        return Conv2d(3, 4, 3, activation=nn.functional.relu)
+
+
+def _hooked():
+    conv = nn.Conv2d(3, 4, 3)
+    conv.register_forward_hook(lambda m, x, y: 2 * y)
+    return conv
+
+
+@pytest.mark.parametrize(
+    "build", [lambda: _Standardized(3, 4, 3), _Detectron2Conv.activated, _hooked]
+)
+def test_a_convolution_that_does_more_is_left_alone(build, caplog):
+    model = _trained_statistics(nn.Sequential(build(), nn.BatchNorm2d(4)))
+    norm, x = model[1], torch.randn(2, 3, 6, 6)
+    with torch.no_grad():
+        wanted = model(x)
+        assert torch.equal(fold_norms(model)(x), wanted)
+    assert model[1] is norm and "1 norms stay as they are: 1 BatchNorm2d (1)" in caplog.text
+
+
+def test_a_norm_watched_by_a_hook_is_left_alone():
+    model = _trained_statistics(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    model[1].register_forward_hook(lambda m, x, y: 2 * y)
+    x = torch.randn(2, 3, 6, 6)
+    with torch.no_grad():
+        wanted = model(x)
+        assert torch.equal(fold_norms(model)(x), wanted)
+
+
+class _PartlyTraceable(nn.Module):
+    """Cannot be traced as a whole; ``shared`` is used by two of its parts."""
+
+    def __init__(self):
+        super().__init__()
+        shared = nn.Conv2d(3, 3, 1)
+        self.body = nn.Sequential(nn.Conv2d(3, 3, 1), RefBatchNorm2d(3))
+        self.one = nn.Sequential(shared, RefBatchNorm2d(3))
+        self.other = nn.Sequential(shared, nn.ReLU())
+
+    def forward(self, x):
+        assert x.dim() == 4 and x.shape[1] == 3
+        return self.body(x) + self.one(x) + self.other(x)
+
+
+def test_parts_of_a_model_that_cannot_be_traced(caplog):
+    model = _trained_statistics(_PartlyTraceable())
+    x = torch.randn(2, 3, 5, 5)
+    with torch.no_grad():
+        wanted = model(x)
+        fold_norms(model)
+        assert oracle.relative_error(model(x), wanted) < 1e-5
+    assert type(model.body[1]) is nn.Identity and type(model.one[1]) is RefBatchNorm2d
+    assert "1 norms stay as they are: 1 RefBatchNorm2d (one.1)" in caplog.text
+
+
+def test_regnet_of_detectron2():
+    from detectron2.modeling.backbone.regnet import RegNet, ResBottleneckBlock, SimpleStem
+
+    import refbn_d2  # noqa: F401
+
+    sizes = {"stem_width": 8, "depth": 4, "w_a": 8, "w_0": 8, "w_m": 2.5, "group_width": 8}
+    blocks = {"stem_class": SimpleStem, "block_class": ResBottleneckBlock}
+    model = RegNet(**blocks, **sizes, norm="RefBN", out_features=["s1"])
+    model = _trained_statistics(model)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        wanted = model(x)["s1"]
+        assert not _norms(fold_norms(model))
+        assert oracle.relative_error(model(x)["s1"], wanted) < 1e-5
+
+
+def test_a_norm_that_takes_turns_is_left_and_keeps_its_turn(caplog):
+    from detectron2.layers import CycleBatchNormList
+
+    norms = CycleBatchNormList(2, RefBatchNorm2d, num_features=4)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), norms)
+    model.eval()
+    norms[0].running_mean.fill_(1)
+    x = torch.randn(1, 3, 4, 4)
+    with torch.no_grad():
+        wanted = [model(x), model(x)]
+        fold_norms(model)
+        for expected in wanted:
+            assert oracle.relative_error(model(x), expected) < 1e-5
+    assert type(model[1]) is nn.Identity and "3.0, 3.1" in caplog.text
+
+
 def test_a_norm_that_does_more_or_differs_between_samples_is_left_alone():
     vbn = VirtualBatchNorm2d(4)
     vbn.set_reference(torch.zeros(4), torch.ones(4), size=2)
