@@ -14,12 +14,10 @@ from .inputs import GroundTruth, load_ground_truth, load_results
 from .interval import (
     MARGIN,
     Difference,
-    Spread,
     Verdict,
     difference,
     half_samples,
-    moderated,
-    pooled_spread,
+    shared_spreads,
 )
 from .runs import Run
 
@@ -258,42 +256,27 @@ def _groups(runs: Sequence[Run], baseline: str) -> Dict[str, Group]:
         groups.setdefault(label, Group(label, [])).runs.append(run)
     by_condition = {g.condition: g.label for g in groups.values() if g.name == baseline}
     for group in groups.values():
+        group.runs.sort(key=lambda run: run.seed)
         if group.name != baseline:
             group.baseline = by_condition.get(group.condition)
     return groups
 
 
 def _all_differences(groups: Dict[str, Group], iou_types: Sequence[str], units: int) -> Differences:
-    pairs = [(groups[g.baseline], g) for g in groups.values() if g.baseline]
-    found: Differences = {g.label: {t: {} for t in iou_types} for _, g in pairs}
+    pairs = [(g.baseline, g.label) for g in groups.values() if g.baseline]
+    found: Differences = {label: {t: {} for t in iou_types} for _, label in pairs}
     for iou_type in iou_types:
         for column, metric in enumerate(METRICS):
-            spreads = _spreads(pairs, iou_type, metric)
-            for (base, other), spread in zip(pairs, spreads):
-                a, b = base.scores[iou_type], other.scores[iou_type]
-                found[other.label][iou_type][metric] = difference(
-                    np.array([s.table[metric] for s in a]),
-                    np.array([s.table[metric] for s in b]),
-                    np.array([s.replicates[:, column] for s in a]),
-                    np.array([s.replicates[:, column] for s in b]),
+            scores = {label: g.scores[iou_type] for label, g in groups.items()}
+            ap = {k: np.array([s.table[metric] for s in v]) for k, v in scores.items()}
+            for (base, other), spread in zip(pairs, shared_spreads(ap, pairs)):
+                found[other][iou_type][metric] = difference(
+                    ap[base],
+                    ap[other],
+                    np.array([s.replicates[:, column] for s in scores[base]]),
+                    np.array([s.replicates[:, column] for s in scores[other]]),
                     units,
                     spread,
                     comparisons=len(pairs),
                 )
     return found
-
-
-def _spreads(
-    pairs: Sequence[Tuple[Group, Group]], iou_type: str, metric: str
-) -> List[Optional[Spread]]:
-    """The spread over seeds of each pair with equally many runs, moderated by all such pairs."""
-    ap = {
-        g.label: np.array([s.table[metric] for s in g.scores[iou_type]])
-        for pair in pairs
-        for g in pair
-    }
-    pooled = [pooled_spread(ap[a.label], ap[b.label]) for a, b in pairs]
-    used = {g.label for pair, spread in zip(pairs, pooled) if spread for g in pair}
-    total_df = sum(len(ap[label]) - 1 for label in used)
-    shrunken = iter(moderated([s for s in pooled if s], total_df))
-    return [s and next(shrunken) for s in pooled]

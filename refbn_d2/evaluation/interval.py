@@ -22,19 +22,21 @@ with replacement but counts each once. Its subsets hold 63 % of the images and i
 *Seeds.* The spread of AP over the runs of a norm, s_X^2, estimates Var(S_X) + Var(T_X). Where both
 norms have the same number of runs k it is pooled: s^2 = (s_A^2 + s_B^2) / 2 with 2 (k - 1) degrees
 of freedom, which stays right on average if the two spreads differ. With unequal numbers of runs
-pooling would be biased (Welch's problem), and each norm keeps its own s_X^2 with k_X - 1 degrees.
-With three or more pooled pairs in a report each s^2 is moderated by all of them, as limma's
-squeezeVar does (Smyth 2004): pairs are taken to have true spreads that scatter about a common
-s_0^2 like s_0^2 d_0 / chi^2(d_0), with s_0^2 and d_0 fitted to their log s^2; then s^2 becomes
-(d_0 s_0^2 + d s^2) / (d_0 + d), with d_0 + d degrees of freedom, but at most d + half of those of
-all other runs in the report.
+pooling would be biased, and each norm keeps its own s_X^2; their sum has the degrees of freedom of
+Welch and Satterthwaite. With three or more pooled pairs in a report each s^2 is moderated by all of
+them, as limma's squeezeVar does (Smyth 2004): the true variances are taken to scatter about a
+common s_0^2 like s_0^2 d_0 / chi^2(d_0), with s_0^2 and d_0 fitted to the log s^2; then
+(d_0 s_0^2 + d s^2) / (d_0 + d) has d_0 + d degrees of freedom, but at most those of all runs
+together. Unlike limma's, an s^2 is raised by this and never lowered: a condition whose runs scatter
+more than the others', as a norm near divergence, keeps its own spread.
 
 *Together.* The resamples alone estimate Var(T), as the variance of a run about its norm's mean over
 runs. Hence Var(T) is not counted twice, and the spread over seeds is never taken to be less than
 Var(T), which is known well, only because runs happened to agree. The interval is
-delta +- t(df) sqrt(V). With the terms v_i of V and their degrees of freedom d_i (clusters - 1 of
-the images) df is V / sum(v_i / d_i), the mean of the d_i weighted by variance. Satterthwaite's
-V^2 / sum(v_i^2 / d_i) is larger, and covers too little where a small s^2 also hides its own weight.
+delta +- t(df) sqrt(V). With the images' part v_1 of V, the seeds' part v_2 and their degrees of
+freedom d_1 (images, or clusters, less 1) and d_2, df is V / (v_1 / d_1 + v_2 / d_2), the harmonic
+mean weighted by variance. Satterthwaite's V^2 / (v_1^2 / d_1 + v_2^2 / d_2) is larger, and covers
+too little here: a v_2 that few runs made small by chance also loses its weight.
 
 *One run.* A norm with a single run shows no spread over seeds. No interval on the norm is given
 then, only one that treats the checkpoints as given (image sampling alone). To use another norm's
@@ -51,7 +53,7 @@ How these choices compare in coverage and length: dev/check_coverage.py, docs/ev
 import enum
 import math
 from dataclasses import dataclass
-from typing import Any, Dict, Hashable, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Hashable, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 from scipy import optimize, special, stats
@@ -70,8 +72,8 @@ __all__ = [
     "difference",
     "half_samples",
     "moderated",
-    "pooled_spread",
     "seeds_needed",
+    "shared_spreads",
 ]
 
 CONFIDENCE = 0.95
@@ -81,8 +83,6 @@ MARGIN = 0.5  # AP; smaller differences count as none in practice
 MAX_SEEDS = 10_000
 # Comparisons from which on spreads are moderated: a distribution cannot be fitted to two.
 _MODERATED_FROM = 3
-# Share of the other runs' degrees of freedom that a moderated spread may claim, by simulation.
-_BORROWED = 0.5
 
 Interval = Tuple[float, float]
 
@@ -320,12 +320,27 @@ def half_samples(
     ]
 
 
-def pooled_spread(base: np.ndarray, other: np.ndarray) -> Optional[Spread]:
-    """The spread over seeds that two norms with equally many runs share; None for other norms.
+def shared_spreads(
+    ap: Mapping[str, np.ndarray], pairs: Sequence[Tuple[str, str]]
+) -> List[Optional[Spread]]:
+    """The spread over seeds of each compared pair of norms, moderated over all pairs of a report.
 
     Args:
-        base, other: float64 (k,), AP of each run.
+        ap: name -> float64 (k,), AP of each run of a norm under a condition.
+        pairs: names of a baseline and the norm compared with it.
+
+    Returns:
+        a spread a pair; None where the two have unequal numbers of runs, one run, or no AP.
     """
+    found = [_pooled(ap[a], ap[b]) for a, b in pairs]
+    used = {name for pair, spread in zip(pairs, found) if spread for name in pair}
+    total_df = sum(len(ap[name]) - 1 for name in used)
+    shrunken = iter(moderated([s for s in found if s], total_df))
+    return [s and next(shrunken) for s in found]
+
+
+def _pooled(base: np.ndarray, other: np.ndarray) -> Optional[Spread]:
+    """The spread of two norms with equally many runs, (k,) float64 each; None for other norms."""
     k = len(base)
     if k < 2 or k != len(other) or not np.isfinite([base, other]).all():
         return None
@@ -333,9 +348,9 @@ def pooled_spread(base: np.ndarray, other: np.ndarray) -> Optional[Spread]:
 
 
 def moderated(spreads: Sequence[Spread], total_df: float) -> List[Spread]:
-    """Shrinks spreads towards their common distribution (Smyth 2004, limma's squeezeVar).
+    """Spreads that learn from their common distribution (Smyth 2004, limma's squeezeVar).
 
-    Fewer than three, or fewer than three above 0, are returned as they are.
+    None is lowered. Fewer than three, or fewer than three above 0, are returned as they are.
 
     Args:
         spreads: independent or nearly so, as of the comparisons in a report.
@@ -357,8 +372,8 @@ def moderated(spreads: Sequence[Spread], total_df: float) -> List[Spread]:
     found = []
     for s in spreads:
         weight = 1 / (1 + s.df / prior_df)  # 1 for an infinite prior_df
-        df = min(s.df + prior_df, s.df + _BORROWED * (total_df - s.df))
-        found.append(Spread(weight * prior + (1 - weight) * s.variance, df))
+        variance = weight * prior + (1 - weight) * s.variance
+        found.append(Spread(max(variance, s.variance), min(s.df + prior_df, total_df)))
     return found
 
 
@@ -405,24 +420,24 @@ def difference(
     if 1 in runs:
         return Difference(images=images, run_by_image=0.0, **known)
 
-    shared = spread or pooled_spread(base, other)
+    shares = [1 / k for k in runs]
     by_run = [_run_by_image(r, scale) for r in (a, b)]
+    shared = spread or _pooled(base, other)
     if shared:
-        share = sum(1 / k for k in runs)
-        parts = [(shared, float(np.mean(by_run)), share)]
+        run_by_image = float(np.mean(by_run)) * sum(shares)
+        run_term, df = max(shared.variance * sum(shares), run_by_image), shared.df
     else:
-        own = [Spread(float(x.var(ddof=1)), len(x) - 1) for x in (base, other)]
-        parts = [(s, t, 1 / k) for s, t, k in zip(own, by_run, runs)]
-    run_by_image = sum(t * share for _, t, share in parts)
-    terms = [(max(s.variance, t) * share, s.df) for s, t, share in parts]
-    run_terms = sum(v for v, _ in terms)
+        run_by_image = float(np.dot(by_run, shares))
+        own = [max(x.var(ddof=1), t) * s for x, t, s in zip((base, other), by_run, shares)]
+        run_term = float(sum(own))
+        df = run_term**2 / sum(v**2 / (k - 1) for v, k in zip(own, runs)) if run_term else math.inf
     images = max(images - run_by_image, 0.0)
     return Difference(
         images=images,
         run_by_image=run_by_image,
-        seeds=max(run_terms - run_by_image, 0.0),
-        df=_df([(images, units - 1), *terms]),
-        spread=Spread(run_terms / sum(1 / k for k in runs), _df(terms)),
+        seeds=max(run_term - run_by_image, 0.0),
+        df=_df([(images, units - 1), (run_term, df)]),
+        spread=Spread(run_term / sum(shares), df),
         **known,
     )
 
@@ -443,7 +458,7 @@ def _run_by_image(replicates: np.ndarray, scale: float) -> float:
 
 
 def _df(terms: Sequence[Tuple[float, float]]) -> float:
-    """Degrees of freedom of a sum of variances (v_i, d_i): the mean of d_i weighted by v_i."""
+    """Degrees of freedom of a sum of variances v_i: the mean of their d_i, harmonic, by weight."""
     total = sum(v for v, _ in terms)
     return total / sum(v / d for v, d in terms) if total > 0 else math.inf
 

@@ -1,15 +1,15 @@
 """The words and numbers that report.md and report.html share."""
 
 import math
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Tuple
 
 from .ap import METRICS
 from .comparison import Comparison
 from .interval import CONFIDENCE, EFFECT, Difference, RunsNeeded, Verdict
 
 __all__ = [
-    "MARKS", "PAPER_TABLE", "SEEDS_LEAD", "TITLES", "columns", "interval", "model_text", "number",
-    "p_value", "paper_applies", "seed_lines", "signed", "verdict_text", "verdicts",
+    "MARKS", "PAPER_TABLE", "SEEDS_LEAD", "TITLES", "bounds", "columns", "interval", "model_text",
+    "number", "p_value", "paper_applies", "seed_lines", "signed", "verdict_text", "verdicts",
 ]  # fmt: skip
 
 TITLES = {"bbox": "box", "segm": "mask"}
@@ -40,10 +40,10 @@ def signed(value: Optional[float]) -> str:
 
 def interval(d: Difference) -> str:
     """The simultaneous 95 % interval, the one that the verdict is read from."""
-    return _ends(d.interval(simultaneous=True))
+    return bounds(d.interval(simultaneous=True))
 
 
-def _ends(ends) -> str:
+def bounds(ends: Optional[Tuple[float, float]]) -> str:
     return "" if ends is None else f"[{signed(ends[0])}, {signed(ends[1])}]"
 
 
@@ -83,7 +83,7 @@ def verdict_text(comparison: Comparison, label: str) -> str:
     if verdict is Verdict.SAME:
         if d.se == 0:
             return f"{label} and {base} are the same results: their difference in {ap} is 0."
-        inner = _ends(d.interval(2 * CONFIDENCE - 1, simultaneous=True))
+        inner = bounds(d.interval(2 * CONFIDENCE - 1, simultaneous=True))
         return (
             f"{label} and {base} are practically the same in {ap}: {signed(d.delta)}, and its 90 % "
             f"interval {inner} lies within ±{comparison.margin:g}."
@@ -106,7 +106,7 @@ def _one_run_text(d: Difference, label: str, base: str, ap: str) -> str:
     return (
         f"{label} against {base} is undecided. {who}: these {what} "
         f"{'differ' if differ else 'cannot be told apart'} in {ap}, {signed(d.delta)} "
-        f"{_ends(ends)} by image sampling alone, but what another training seed would give is "
+        f"{bounds(ends)} by image sampling alone, but what another training seed would give is "
         "unknown from one run. Train at least 3 runs a norm."
     )
 

@@ -1,0 +1,179 @@
+"""When to stop adding training runs: looks fixed beforehand, the error spent over them.
+
+Who looks after every run and stops at the first p < 0.05 finds a difference in far more than 5 % of
+comparisons without one. Here the numbers of runs a norm at which one looks are fixed before the
+first run, and the chance of a false verdict is spent over them: up to k of at most K runs a norm
+0.05 (k / K)^2 in all (Lan and DeMets 1983). Each look may err by what it adds to this sum, so that
+all looks together err by 5 % at most, however their data depend on each other.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
+
+from ..errors import UserError
+from .comparison import Comparison, compare
+from .interval import CONFIDENCE, Verdict
+from .runs import Run
+from .text import MARKS, TITLES, bounds, signed
+
+__all__ = ["Decision", "Plan", "Progress", "next_look", "review"]
+
+_FIRST_LOOK = 3  # runs a norm; two say hardly anything about their spread
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is fixed before the first run.
+
+    Attributes:
+        max_seeds: runs a norm at which the comparison ends, decided or not; at least 2.
+        margin: differences within +-margin of AP, in percent, are practically none.
+    """
+
+    max_seeds: int = 12
+    margin: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_seeds < 2:
+            raise UserError(f"--max-seeds {self.max_seeds}: at least 2 runs a norm show a spread")
+        if not self.margin > 0:
+            raise UserError(f"--margin {self.margin}: must be a number above 0")
+
+    @property
+    def looks(self) -> Tuple[int, ...]:
+        """Runs a norm at each look: half as many as at the next one, and at least 3."""
+        found = [self.max_seeds]
+        while (found[0] + 1) // 2 >= _FIRST_LOOK and found[0] > _FIRST_LOOK:
+            found.insert(0, (found[0] + 1) // 2)
+        return tuple(found)
+
+    def alpha(self, look: int) -> float:
+        """Chance of a false verdict that the look at ``look`` runs may add."""
+
+        def spent(runs: int) -> float:
+            return (1 - CONFIDENCE) * (runs / self.max_seeds) ** 2
+
+        earlier = [k for k in self.looks if k < look]
+        return spent(look) - (spent(earlier[-1]) if earlier else 0.0)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A verdict and the runs a norm after which it was reached; it stays."""
+
+    verdict: Verdict
+    runs: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is known so far, and what to do next.
+
+    Attributes:
+        decided: label of a comparison -> its decision.
+        open: labels of the other comparisons.
+        wanted: runs that each norm of an open comparison, its baseline included, should have by the
+            next look; 0 if there is none, because all is decided or the last look is over.
+        runs_left: finished runs that are missing for the next look.
+        lines: a sentence a comparison.
+    """
+
+    decided: Dict[str, Decision]
+    open: List[str]
+    wanted: int
+    runs_left: int
+    lines: List[str]
+
+    @property
+    def finished(self) -> bool:
+        return self.wanted == 0
+
+
+def next_look(
+    runs: Sequence[Run],
+    gt_path: Path,
+    plan: Plan,
+    iou_types: Sequence[str] = ("bbox",),
+    baseline: Optional[str] = None,
+    resamples: int = 1000,
+    seed: int = 0,
+    advance: Callable[[str], None] = lambda what: None,
+    *,
+    primary: Optional[str] = None,
+    cluster: Optional[str] = None,
+) -> Progress:
+    """What the runs so far decide, and how many more are wanted.
+
+    It remembers nothing: the same runs give the same answer, so an interrupted experiment goes on
+    with another call. Looks that have passed are computed again from the runs of that time, which
+    are the ones with the lowest seeds.
+
+    Args:
+        runs: finished or not; those of every norm and condition to compare, even before they ran.
+        gt_path, iou_types, baseline, resamples, seed, advance, primary, cluster: as of
+            ``comparison.compare``.
+        plan: the same at every call.
+
+    Raises:
+        UserError: as ``comparison.compare``.
+    """
+    planned = {(run.name, run.condition) for run in runs}
+    finished = [run for run in runs if not run.error]
+    counts = [sum((run.name, run.condition) == key for run in finished) for key in sorted(planned)]
+    first = plan.looks[0]
+    if not counts or min(counts) < first:
+        missing = sum(max(first - count, 0) for count in counts)
+        text = f"Nothing can be said before {first} runs a norm."
+        return Progress({}, [], first, missing, [text])
+    comparison = compare(
+        runs, gt_path, iou_types, baseline, resamples, seed, advance,
+        primary=primary, margin=plan.margin, cluster=cluster,
+    )  # fmt: skip
+    return review(comparison, plan)
+
+
+def review(comparison: Comparison, plan: Plan) -> Progress:
+    """As ``next_look``, from runs that are scored already."""
+    decided: Dict[str, Decision] = {}
+    undecided = list(comparison.differences)
+    lines: Dict[str, str] = {}
+    for look in plan.looks:
+        missing = _missing(comparison, undecided, look)
+        if missing:
+            ordered = [lines[label] for label in comparison.differences if label in lines]
+            return Progress(decided, undecided, look, missing, ordered)
+        then = comparison.with_first_runs(look)
+        for label in undecided:
+            verdict = then.primary_difference(label).verdict(plan.margin, plan.alpha(look))
+            lines[label] = _line(then, label, verdict, plan, look)
+            if verdict is not Verdict.UNDECIDED:
+                decided[label] = Decision(verdict, look)
+        undecided = [label for label in undecided if label not in decided]
+        if not undecided:
+            break
+    return Progress(decided, undecided, 0, 0, [lines[label] for label in comparison.differences])
+
+
+def _missing(comparison: Comparison, labels: Sequence[str], look: int) -> int:
+    """Runs that the norms of the comparisons ``labels`` lack for the look at ``look`` runs."""
+    groups = {name for k in labels for name in (k, comparison.groups[k].baseline)}
+    return sum(max(look - len(comparison.groups[name].runs), 0) for name in groups)
+
+
+def _line(comparison: Comparison, label: str, verdict: Verdict, plan: Plan, look: int) -> str:
+    d, alpha = comparison.primary_difference(label), plan.alpha(look)
+    same = verdict is Verdict.SAME
+    ends = d.interval(1 - (2 * alpha if same else alpha), simultaneous=True)
+    within = f", within ±{plan.margin:g}" if same else ""
+    text = (
+        f"{MARKS[verdict]} {label} against {comparison.baseline}, {TITLES[comparison.primary]} AP: "
+        f"{verdict.value} after {look} runs a norm, {signed(d.delta)} {bounds(ends)}{within}."
+    )
+    later = [k for k in plan.looks if k > look]
+    if verdict is Verdict.UNDECIDED and later:
+        now, then = (d.reach_with(more_runs=k / look) for k in (look, later[0]))
+        text += (
+            f" By {later[0]} runs its 95 % interval would shrink from ±{now:.2f} to ±{then:.2f}."
+        )
+    return text
