@@ -41,7 +41,8 @@ def _only_its_parent_ends_it(worker: int) -> None:
     The trainer finishes its step before it stops, and needs the worker until then.
     """
     if hasattr(signal, "sigwaitinfo"):  # else nobody can tell who sent it
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+        signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         threading.Thread(target=_wait_for_parent, daemon=True).start()
 
 

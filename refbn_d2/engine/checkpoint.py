@@ -1,5 +1,6 @@
 """Checkpoints that survive a crash, and weights that do not fit the model as an error."""
 
+import errno
 import os
 import re
 import zipfile
@@ -56,7 +57,7 @@ class Checkpointer(DetectionCheckpointer):
                     f"training diverged: {weight} is not finite, checkpoint {name} is not written"
                     f"; {self.last_good()}"
                 )
-        if not os.path.isdir(self.save_dir):  # remote storage
+        if "://" in self.save_dir:  # remote storage
             return super().save(name, **kwargs)
         data = {key: value.state_dict() for key, value in self.checkpointables.items()}
         data = {"model": self.model.state_dict(), **data, **kwargs}
@@ -66,9 +67,10 @@ class Checkpointer(DetectionCheckpointer):
             atomic_save(data, path)
             self.tag_last_checkpoint(os.path.basename(path))
         except OSError as e:
+            full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             raise UserError(
-                f"checkpoint {path} cannot be written: {e.strerror}; {self.last_good()}. Make "
-                "room and start again with --resume"
+                f"checkpoint {path} cannot be written: {e.strerror}; {self.last_good()}. "
+                f"{'Make room' if full else 'Look after OUTPUT_DIR'} and start again with --resume"
             ) from e
 
     def last_good(self) -> str:
@@ -78,7 +80,7 @@ class Checkpointer(DetectionCheckpointer):
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         # Upstream empties the file first; a run killed in that moment could not resume.
-        if not os.path.isdir(self.save_dir):  # remote storage
+        if "://" in self.save_dir:  # remote storage
             return super().tag_last_checkpoint(last_filename_basename)
         with atomic_write(os.path.join(self.save_dir, "last_checkpoint")) as f:
             f.write(last_filename_basename)

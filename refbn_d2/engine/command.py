@@ -1,7 +1,9 @@
 """The command line of the training tools, which is detectron2's own."""
 
+import logging
 from typing import Type
 
+from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
@@ -10,27 +12,40 @@ from ..config import load_config
 from ..config_files import find_config
 from ..errors import one_line_errors, quiet_user_errors
 from .launcher import start
+from .run_folder import output_errors, run_folder
+from .signals import end_with_parent
 from .trainer import Trainer, setup
 
 __all__ = ["train_command"]
 
+logger = logging.getLogger(__name__)
+
 
 def _run(args, trainer_class: Type[Trainer]):
     quiet_user_errors()  # this may be a process of its own
-    cfg = setup(args)
+    cfg = load_config(args.config_file, args.opts)
     if args.eval_only:
-        model = trainer_class.build_model(cfg)
-        checkpointer = trainer_class.build_checkpointer(cfg, model)
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        if cfg.TEST.PRECISE_BN.ENABLED:
-            trainer_class.recompute_statistics(cfg, model)
-        results = trainer_class.test(cfg, model)
-        if comm.is_main_process():
-            verify_results(cfg, results)
-        return results
-    trainer = trainer_class(cfg)
-    trainer.resume_or_load(resume=args.resume)
-    return trainer.train()
+        with output_errors(cfg.OUTPUT_DIR):
+            return _evaluate(setup(args), args.resume, trainer_class)
+    with run_folder(cfg, args.resume) as notes:
+        cfg = setup(args)
+        for note in notes:
+            logger.info(note)
+        trainer = trainer_class(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        return trainer.train()
+
+
+def _evaluate(cfg: CfgNode, resume: bool, trainer_class: Type[Trainer]):
+    model = trainer_class.build_model(cfg)
+    checkpointer = trainer_class.build_checkpointer(cfg, model)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    if cfg.TEST.PRECISE_BN.ENABLED:
+        trainer_class.recompute_statistics(cfg, model)
+    results = trainer_class.test(cfg, model)
+    if comm.is_main_process():
+        verify_results(cfg, results)
+    return results
 
 
 @one_line_errors
@@ -43,6 +58,7 @@ def train_command(trainer_class: Type[Trainer], usage: str) -> None:
         trainer_class: what trains.
         usage: the text of ``--help`` above the options' list.
     """
+    end_with_parent()
     args = default_argument_parser(usage).parse_args()
     args.config_file = find_config(args.config_file)
     device = load_config(args.config_file, args.opts).MODEL.DEVICE

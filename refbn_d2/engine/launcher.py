@@ -14,10 +14,10 @@ from detectron2.engine import launch
 from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 from torch import distributed as dist
-from torch.multiprocessing import ProcessExitedException
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from ..errors import UserError
-from .signals import SIGNALS
+from .signals import SIGNALS, handle, restore
 
 __all__ = ["launcher_environment", "start"]
 
@@ -68,7 +68,7 @@ def start(main: Callable[..., Any], args: Namespace, device: str, main_args: tup
     """
     env = launcher_environment(os.environ)
     if not env:
-        return _launch(main, args, main_args)
+        return _launch(main, args, device, main_args)
     if args.num_gpus > 1 or args.num_machines > 1:
         raise UserError(
             f"--num-gpus {args.num_gpus} --num-machines {args.num_machines}: torchrun or srun has "
@@ -89,7 +89,11 @@ def start(main: Callable[..., Any], args: Namespace, device: str, main_args: tup
             )
         torch.cuda.set_device(int(env["LOCAL_RANK"]) % count)
     os.environ.update(env)
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=DEFAULT_TIMEOUT)
+    try:
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=DEFAULT_TIMEOUT)
+    except dist.DistNetworkError as e:
+        where = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)"
+        raise UserError(f"the processes cannot meet at {where}: {_reason(e)}") from e
     _create_local_process_group(local_size)
     comm.synchronize()
     main(*main_args)
@@ -105,10 +109,27 @@ def _create_local_process_group(size: int) -> None:
             comm._LOCAL_PROCESS_GROUP = group
 
 
-def _launch(main: Callable[..., Any], args: Namespace, main_args: tuple) -> None:
+def _reason(error: Exception) -> str:
+    if "EADDRINUSE" in str(error) or "already in use" in str(error):
+        return "the port is in use; choose another, or end what uses it"
+    return str(error).splitlines()[0]
+
+
+def _launch(main: Callable[..., Any], args: Namespace, device: str, main_args: tuple) -> None:
     options = {k: getattr(args, k) for k in ("num_machines", "machine_rank", "dist_url")}
     if args.num_gpus * args.num_machines <= 1:
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise UserError(f"MODEL.DEVICE is {device}, and there is no GPU: add MODEL.DEVICE cpu")
         return launch(main, args.num_gpus, **options, args=main_args)
+    if not device.startswith("cuda"):
+        raise UserError(
+            f"--num-gpus {args.num_gpus} with MODEL.DEVICE {device}: start the processes with "
+            f"torchrun --nproc_per_node {args.num_gpus}, without --num-gpus"
+        )
+    if args.num_gpus > torch.cuda.device_count():
+        raise UserError(
+            f"--num-gpus {args.num_gpus}: this machine has {torch.cuda.device_count()} GPUs"
+        )
     with _passed_on_signals() as received:
         try:
             launch(main, args.num_gpus, **options, args=main_args)
@@ -116,6 +137,10 @@ def _launch(main: Callable[..., Any], args: Namespace, main_args: tuple) -> None
             if not received and e.exit_code - 128 not in SIGNALS:
                 raise UserError(f"{e} (out of memory?); start again with --resume") from e
             received.append(e.exit_code - 128)
+        except ProcessRaisedException as e:
+            if "EADDRINUSE" not in str(e):
+                raise
+            raise UserError(f"--dist-url {args.dist_url}: the port is in use") from e
     if received:
         sys.exit(128 + received[0])
 
@@ -132,9 +157,8 @@ def _passed_on_signals() -> Iterator[List[int]]:
         for child in multiprocessing.active_children():
             child.terminate()
 
-    previous = {s: signal.signal(s, pass_on) for s in SIGNALS}
+    previous = handle(pass_on)
     try:
         yield received
     finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
+        restore(previous)

@@ -1,30 +1,71 @@
-"""Stopping training on a notice: the step is finished, a checkpoint written, the status says so."""
+"""On SIGTERM, SIGINT or SIGHUP: finish the step, save, exit with 128 + signal."""
 
 import logging
 import os
 import signal
 import threading
+import time
 from types import FrameType
-from typing import Any, Dict, Optional
+from typing import Any, Callable, Dict, Optional
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from .checkpoint import Checkpointer
 
-__all__ = ["SIGNALS", "StopOnSignal"]
+__all__ = ["PARENT", "SIGNALS", "StopOnSignal", "end_with_parent", "handle", "restore"]
 
 logger = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+# Environment variable: the process whose end is to end the one that it has started.
+PARENT = "REFBN_PARENT"
+
+
+def handle(handler: Callable[[int, Optional[FrameType]], None]) -> Dict[int, Any]:
+    """Makes ``handler`` that of SIGNALS, but for SIGHUP under nohup.
+
+    Returns:
+        The handlers before, for :func:`restore`; none where Python allows none, in other threads.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    signals = [s for s in SIGNALS if not (s == signal.SIGHUP and ignored)]
+    return {s: signal.signal(s, handler) for s in signals}
+
+
+def restore(previous: Dict[int, Any]) -> None:
+    """Gives the signals the handlers that they had before :func:`handle`."""
+    for signum, handler in previous.items():
+        signal.signal(signum, handler)
+
+
+def end_with_parent() -> None:
+    """Sends this process SIGTERM when the one that PARENT names, if any, has ended.
+
+    However that has ended: a process that is killed cannot end those that it has started.
+    """
+    parent = os.environ.pop(PARENT, None)
+    if parent is None:
+        return
+
+    def watch():
+        while os.getppid() == int(parent):
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class StopOnSignal(HookBase):
-    """Ends training after the step in which SIGTERM or SIGINT comes, with a checkpoint.
+    """Ends training after the step in which one of SIGNALS comes, with a checkpoint.
 
     One process that gets the signal stops all of them, after the same step. The exit status is what
     shells and schedulers know such an end by, 128 + the signal's number: 143 for SIGTERM, 130 for
-    SIGINT. A second SIGINT ends the process at once, and so does any once the last step is done.
+    SIGINT, 129 for SIGHUP. A second SIGINT ends the process at once, and so does any signal once
+    the last step is done.
 
     To be the last hook of a step: its checkpoint is of a step that has been evaluated and logged.
 
@@ -39,8 +80,7 @@ class StopOnSignal(HookBase):
 
     def before_train(self):
         self._pid = os.getpid()
-        if threading.current_thread() is threading.main_thread():  # Python allows no other
-            self._previous = {s: signal.signal(s, self._notice) for s in SIGNALS}
+        self._previous = handle(self._notice)
 
     def _notice(self, signum: int, frame: Optional[FrameType]) -> None:
         if os.getpid() != self._pid:
@@ -74,6 +114,5 @@ class StopOnSignal(HookBase):
         self._restore()
 
     def _restore(self) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
+        restore(self._previous)
         self._previous = {}

@@ -23,6 +23,7 @@ from detectron2.engine import (
     defaults,
     hooks,
 )
+from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.events import JSONWriter
 from detectron2.utils.logger import setup_logger
@@ -35,13 +36,13 @@ from ..data.grouped_sampler import GroupedTrainingSampler, image_groups
 from ..data.loader import TrainLoader
 from ..errors import UserError
 from ..evaluation.coco_evaluator import FastCOCOEvaluator
-from ..io import yaml as plain_yaml
 from ..rng import forked_rng
 from ..statistics.inference import recompute_statistics
 from ..statistics.reference import reference_layers
 from .checkpoint import Checkpointer
 from .hooks import EvalHook, ExactResume, ProgressBar, ReferenceHook, StatisticsHook
 from .metrics import MetricsWriter
+from .run_folder import check_exists, output_errors
 from .signals import StopOnSignal
 
 __all__ = ["Trainer", "setup"]
@@ -52,47 +53,22 @@ logger = logging.getLogger(__name__)
 def setup(args) -> CfgNode:
     """Config of the command line (detectron2's ``default_argument_parser``), logging, seeds.
 
+    An evaluation's log and config are with its results, and those of the training stay.
+
     Raises:
-        UserError: a bad config, or OUTPUT_DIR holds a run that this one cannot resume.
+        UserError: a bad config.
     """
     cfg = load_config(args.config_file, args.opts)
-    if args.resume:
-        _check_resumable(cfg)
     cfg.freeze()
-    default_setup(cfg, args)
+    log_cfg = cfg.clone()
+    log_cfg.defrost()
+    if args.eval_only:
+        log_cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "inference")
+    default_setup(log_cfg, args)
     setup_logger(
-        cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="refbn_d2", abbrev_name="refbn"
+        log_cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="refbn_d2", abbrev_name="refbn"
     )
     return cfg
-
-
-def _norm_keys(node: Dict[str, Any], prefix: str = "") -> Dict[str, Any]:
-    """All keys of a config that say which norms the model has."""
-    found = {}
-    for key, value in node.items():
-        if isinstance(value, dict):
-            found.update(_norm_keys(value, f"{prefix}{key}."))
-        elif key in ("NORM", "PSEUDO_COUNT"):
-            found[prefix + key] = value
-    return found
-
-
-def _check_resumable(cfg: CfgNode) -> None:
-    path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
-    if not os.path.isfile(path):
-        return
-    try:
-        content = plain_yaml.read(path)
-    except UserError:
-        content = None
-    # Where it is no config, the run was killed while it wrote the file.
-    before = _norm_keys(content) if isinstance(content, dict) else {}
-    for key, value in _norm_keys(cfg).items():
-        if before.get(key, value) != value:
-            raise UserError(
-                f"{cfg.OUTPUT_DIR} holds a run with {key} {before[key]!r}, not {value!r}: "
-                "choose another OUTPUT_DIR, or resume with the config it was started with"
-            )
 
 
 def _ddp(model, **kwargs):
@@ -169,13 +145,41 @@ class Trainer(DefaultTrainer):
                 f"{self.cfg.SOLVER.BASE_LR}), or resume with SOLVER.CLIP_GRADIENTS.ENABLED True"
             ) from e
 
+    def before_train(self) -> None:
+        with output_errors(self.cfg.OUTPUT_DIR):
+            super().before_train()
+
+    def after_step(self) -> None:
+        if comm.is_main_process():
+            check_exists(self.cfg.OUTPUT_DIR)
+        with output_errors(self.cfg.OUTPUT_DIR):
+            super().after_step()
+
+    def after_train(self) -> None:
+        with output_errors(self.cfg.OUTPUT_DIR):
+            super().after_train()
+
     def state_dict(self) -> Dict[str, Any]:
         # Release 0.6 of detectron2 leaves out the optimizer; later ones do just this.
         return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        settings = [{k: v for k, v in g.items() if k != "params"} for g in self._groups]
         super().load_state_dict(state_dict)
-        self._trainer.load_state_dict(state_dict["_trainer"])
+        # A run that switches mixed precision on has no state of its scaler.
+        self._trainer.load_state_dict({**self._trainer.state_dict(), **state_dict["_trainer"]})
+        # Optimizer and scheduler come with the learning rates, momentum and weight decay of the
+        # run that was interrupted; its config may have been changed since.
+        for group, setting in zip(self._groups, settings):
+            group.update(setting)
+        if isinstance(self.scheduler, LRMultiplier):
+            self.scheduler.base_lrs = [setting["initial_lr"] for setting in settings]
+            for group, lr in zip(self._groups, self.scheduler.get_lr()):
+                group["lr"] = lr
+
+    @property
+    def _groups(self) -> List[Dict[str, Any]]:
+        return self._trainer.optimizer.param_groups
 
     @classmethod
     def build_checkpointer(cls, cfg: CfgNode, model, **checkpointables) -> Checkpointer:

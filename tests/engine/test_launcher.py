@@ -110,10 +110,11 @@ def test_a_signal_to_the_parent_reaches_those_it_started(monkeypatch, signum, st
         raise ProcessExitedException("", 0, child.pid, exit_code=child.exitcode)
 
     monkeypatch.setattr(launcher, "launch", launch)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
     args = Namespace(num_gpus=2, num_machines=1, machine_rank=0, dist_url="auto")
     with pytest.raises(SystemExit) as e:
-        launcher.start(print, args, "cpu", ())
+        launcher.start(print, args, "cuda", ())
     assert e.value.code == status
     assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == before
 
@@ -123,9 +124,10 @@ def test_a_process_that_was_killed_is_named(monkeypatch):
         raise ProcessExitedException("process 1 terminated with signal SIGKILL", 1, 9, exit_code=-9)
 
     monkeypatch.setattr(launcher, "launch", launch)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     args = Namespace(num_gpus=2, num_machines=1, machine_rank=0, dist_url="auto")
     with pytest.raises(UserError, match="process 1 .* SIGKILL .*--resume"):
-        launcher.start(print, args, "cpu", ())
+        launcher.start(print, args, "cuda", ())
 
 
 def _join(processes):

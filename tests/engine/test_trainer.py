@@ -15,7 +15,7 @@ from refbn_d2.config import load_config
 from refbn_d2.data.grouped_sampler import image_groups
 from refbn_d2.engine import Trainer
 from refbn_d2.engine.hooks import EvalHook, ExactResume, ReferenceHook
-from refbn_d2.engine.trainer import _check_resumable
+from refbn_d2.engine.run_folder import run_folder
 from refbn_d2.errors import UserError
 from refbn_d2.statistics.reference import reference_layers
 
@@ -163,7 +163,9 @@ def test_only_what_was_trained_to_the_end_is_evaluated():
 @pytest.mark.parametrize("written", ["", "CUD", "DATASETS:\n  TEST: [", "MODEL:\n"])
 def test_a_config_that_a_kill_left_unfinished_does_not_hinder_resuming(tmp_path, written):
     (tmp_path / "config.yaml").write_text(written)
-    _check_resumable(_config(OUTPUT_DIR=tmp_path))
+    (tmp_path / "model_0000003.pth").touch()
+    with run_folder(_config(OUTPUT_DIR=tmp_path), resume=True):
+        pass
 
 
 def test_every_step_has_random_numbers_of_its_own(tiny_data, tmp_path):

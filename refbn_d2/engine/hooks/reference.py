@@ -9,6 +9,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
+from ...io.atomic import atomic_write
 from ...statistics.reference import capture_reference, reference_layers
 
 __all__ = ["ReferenceHook"]
@@ -68,6 +69,8 @@ class ReferenceHook(HookBase):
                 "seed": self._seed,
                 "layers": layers,
             }
+            path = os.path.join(self._output_dir, "reference.json")
             PathManager.mkdirs(self._output_dir)
-            with PathManager.open(os.path.join(self._output_dir, "reference.json"), "w") as f:
+            write = PathManager.open if "://" in path else atomic_write
+            with write(path, "w") as f:
                 json.dump(record, f, indent=1)

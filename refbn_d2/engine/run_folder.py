@@ -1,0 +1,188 @@
+"""OUTPUT_DIR: it belongs to one run at a time, and errors name it when it cannot be written."""
+
+import os
+import re
+import threading
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Dict, Iterator, List
+
+import yaml
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+
+from ..errors import UserError
+from ..io import yaml as plain_yaml
+from ..io.atomic import PARTIAL
+from ..io.lock import folder_lock
+
+__all__ = ["check_exists", "output_errors", "run_folder"]
+
+# What a training run writes.
+_FILES = re.compile(
+    r"model_(\d{7,}|final)\.pth|last_checkpoint|metrics\.json|config\.yaml|reference\.json"
+    r"|inference|log\.txt(\.rank\d+)?|events\.out\.tfevents\..*"
+)
+# Of these, what a run has as soon as it has made a step that is not forgotten.
+_CHECKPOINTS = "model_*.pth"
+_LINES = "metrics.json"
+_EARLIER = "earlier_run_"
+
+# Keys that make another model, or another course of random numbers, of a run; a resumed run has
+# those that it began with. All other keys are taken from the command that resumes.
+_FIXED = re.compile(r"MODEL\..*|INPUT\.FORMAT|SEED")
+# Where a model runs, what it started from, and what only evaluation uses.
+_FREE = re.compile(r"MODEL\.DEVICE|MODEL\.WEIGHTS|MODEL\..*_TEST")
+
+
+def _is_local(folder: str) -> bool:
+    """Whether a folder is one of this machine's file systems, and no address."""
+    return bool(folder) and "://" not in folder
+
+
+@contextmanager
+def run_folder(cfg: CfgNode, resume: bool) -> Iterator[List[str]]:
+    """Keeps OUTPUT_DIR for this run until the block ends.
+
+    A run that begins anew moves what an earlier one has left there into a folder of its own: else
+    --resume would go on from the weights of another run if this one ended before its first
+    checkpoint, and metrics.json would be of both.
+
+    Every process of the run has to call this.
+
+    Args:
+        cfg: of the run.
+        resume: whether to go on with the run that OUTPUT_DIR holds, if any.
+
+    Yields:
+        What the log should say about the folder, on the main process.
+
+    Raises:
+        UserError: another process has the folder, it cannot be written, or it holds a run of
+            another model.
+    """
+    notes: List[str] = []
+    problem = ""
+    with ExitStack() as stack:
+        if comm.is_main_process() and _is_local(cfg.OUTPUT_DIR):
+            folder = Path(cfg.OUTPUT_DIR)
+            try:
+                stack.enter_context(output_errors(cfg.OUTPUT_DIR))
+                stack.enter_context(_quiet_writer_threads())
+                stack.enter_context(folder_lock(folder))
+                for leftover in filter(Path.is_file, folder.glob("*" + PARTIAL)):
+                    leftover.unlink()
+                notes += _finish_moving(folder)
+                notes += _changes(cfg, folder) if resume else _move_earlier_run(cfg, folder)
+            except (UserError, OSError) as e:
+                problem = str(e)
+        problem = comm.all_gather(problem)[0]
+        if problem:
+            raise UserError(problem)
+        yield notes
+
+
+@contextmanager
+def _quiet_writer_threads() -> Iterator[None]:
+    """No tracebacks of TensorBoard's thread: the trainer, too, meets what it meets, and says so."""
+    previous = threading.excepthook
+
+    def hook(args):
+        if not isinstance(args.exc_value, OSError):
+            previous(args)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = previous
+
+
+def _move_earlier_run(cfg: CfgNode, folder: Path) -> List[str]:
+    """Moves the files of an earlier run, if it got as far as a step, into a folder of their own."""
+    files = [p for p in folder.iterdir() if _FILES.fullmatch(p.name)]
+    if not any(p.match(_CHECKPOINTS) or p.match(_LINES) for p in files):
+        return []
+    number = 1 + len(list(folder.glob(_EARLIER + "*")))
+    target = folder / f"{_EARLIER}{number}"
+    weights = cfg.MODEL.WEIGHTS
+    if _is_local(weights) and Path(weights).resolve() in [p.resolve() for p in files]:
+        raise UserError(
+            f"MODEL.WEIGHTS {weights} is of the run that OUTPUT_DIR holds, and which a new run "
+            f"moves to {target}: choose another OUTPUT_DIR, or go on with --resume"
+        )
+    target.with_name(target.name + PARTIAL).mkdir()
+    return _finish_moving(folder)
+
+
+def _finish_moving(folder: Path) -> List[str]:
+    """Moves what is left to move; a start that was killed in the middle of it is no other run."""
+    notes = []
+    for partial in folder.glob(_EARLIER + "*" + PARTIAL):
+        for file in folder.iterdir():
+            if _FILES.fullmatch(file.name):
+                file.rename(partial / file.name)
+        target = partial.with_suffix("")
+        partial.rename(target)
+        notes.append(f"The files of an earlier run are now in {target}")
+    return notes
+
+
+def _changes(cfg: CfgNode, folder: Path) -> List[str]:
+    """The keys that differ from those of the run that the folder holds.
+
+    Raises:
+        UserError: one of them makes another model.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file() or not any(folder.glob(_CHECKPOINTS)):
+        return []
+    try:
+        content = plain_yaml.read(str(path))
+    except UserError:
+        content = None
+    # Where it is no config, the run was killed while it wrote the file.
+    before = _flat(content) if isinstance(content, dict) else {}
+    now = _flat(yaml.safe_load(cfg.dump()))
+    changed = [k for k, value in now.items() if before.get(k, value) != value]
+    for key in changed:
+        if _FIXED.fullmatch(key) and not _FREE.fullmatch(key):
+            raise UserError(
+                f"{folder} holds a run with {key} {before[key]!r}, not {now[key]!r}: choose "
+                "another OUTPUT_DIR, or resume with the config it was started with"
+            )
+    return [f"Resuming with {k} {now[k]!r}, was {before[k]!r}" for k in changed]
+
+
+def _flat(node: Dict[str, Any], prefix: str = "") -> Dict[str, Any]:
+    """Values by their whole keys, as in a command's KEY VALUE."""
+    found: Dict[str, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, dict):
+            found.update(_flat(value, f"{prefix}{key}."))
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+@contextmanager
+def output_errors(folder: str) -> Iterator[None]:
+    """Raises a UserError where a file below ``folder``, a run's OUTPUT_DIR, cannot be written."""
+    try:
+        yield
+    except OSError as e:
+        file = os.fsdecode(e.filename) if isinstance(e.filename, (str, bytes)) else ""
+        inside = os.path.abspath(folder) + os.sep
+        if not _is_local(folder) or not os.path.abspath(file).startswith(inside):
+            raise
+        check_exists(folder)
+        raise UserError(
+            f"{file} cannot be written: {e.strerror}; OUTPUT_DIR has to stay writable while a run "
+            "goes on"
+        ) from e
+
+
+def check_exists(folder: str) -> None:
+    """Raises a UserError if a run's OUTPUT_DIR is gone: evaluations would make it anew."""
+    if _is_local(folder) and not os.path.isdir(folder):
+        raise UserError(f"OUTPUT_DIR {folder} was deleted while the run went on")
