@@ -173,7 +173,5 @@ def _line(comparison: Comparison, label: str, verdict: Verdict, plan: Plan, look
     later = [k for k in plan.looks if k > look]
     if verdict is Verdict.UNDECIDED and later:
         now, then = (d.reach_with(more_runs=k / look) for k in (look, later[0]))
-        text += (
-            f" By {later[0]} runs its 95 % interval would shrink from ±{now:.2f} to ±{then:.2f}."
-        )
+        text += f" With {later[0]} runs expect a 95 % interval of ±{then:.2f}, now ±{now:.2f}."
     return text
