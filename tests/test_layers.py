@@ -17,7 +17,8 @@ LAYERS = [
     ["upstream"],
     ["registry"],
     ["config"],
-    ["data", "statistics", "weights"],
+    ["statistics", "weights"],
+    ["data"],
     ["evaluation.coco_evaluator"],  # the one module of evaluation that needs detectron2
     ["engine"],
     ["classification"],

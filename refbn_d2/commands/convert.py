@@ -10,6 +10,7 @@ It is read without running code from it.
 """
 
 import argparse
+import re
 from itertools import groupby
 
 import yaml
@@ -30,7 +31,10 @@ def matched(conversion: Conversion) -> str:
         for row in rows
     ]
     if conversion.left_out:
-        lines.append(f"  left out: {conversion.left_out} tensors")
+        # A head has a name of its own: what is before the layer's number or the weight's name.
+        parts = dict.fromkeys(re.split(r"\.\d|\.\w+$", n)[0] for n in conversion.left_out)
+        shown = ", ".join(list(parts)[:5]) + (", ..." if len(parts) > 5 else "")
+        lines.append(f"  left out: {len(conversion.left_out)} tensors ({shown})")
     return "\n".join(lines)
 
 
@@ -76,12 +80,17 @@ def main():
         default=FORMATS[0],
         help="torchvision: write a state dict for torchvision's or timm's ResNet",
     )
+    parser.add_argument(
+        "--key",
+        default="",
+        help="which weights of a checkpoint to take if it has several, as model_ema beside model",
+    )
     args = parser.parse_args()
     if args.frozen and args.norm not in (None, "FrozenBN"):
         raise UserError(f"--frozen with --norm {args.norm}: a frozen norm is FrozenBN; use one")
     norm = "FrozenBN" if args.frozen else args.norm
-    conversion = convert(args.src, args.dst, norm, args.to)
-    print(f"{args.src} -> {args.dst}\n{matched(conversion)}")
+    conversion = convert(args.src, args.dst, norm, args.to, args.key)
+    print(f"{args.src} -> {args.dst} ({conversion.taken})\n{matched(conversion)}")
     print(f"norm: {conversion.norm or 'not BatchNorm; kept as it was'}")
     if args.to == "detectron2":
         print(

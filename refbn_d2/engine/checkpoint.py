@@ -3,9 +3,8 @@
 import errno
 import os
 import re
-import zipfile
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 from unittest import mock
 
 import torch
@@ -16,10 +15,13 @@ from torch.nn.modules.batchnorm import _NormBase
 from ..errors import UserError
 from ..io.atomic import PARTIAL, atomic_write
 from ..weights import safe_pickle
-from ..weights.files import atomic_save
+from ..weights.files import atomic_save, find_state_dict, first_sentence, read_weights
 from ..weights.folded import FOLDED_VAR
 
 __all__ = ["Checkpointer"]
+
+# A file of BatchNorm's has no reference: RefBN evaluates by its running statistics.
+_NO_PART_OF_EVALUATION = re.compile(r"\.(ref_\w+|num_batches_tracked)$")
 
 _CHECKPOINT = re.compile(r"model_(\d{7,}|final)\.pth")
 _RESNET_WEIGHT = re.compile(r"res\d\.\d+\.(conv\d|shortcut)(\.norm)?\.weight$")
@@ -42,6 +44,8 @@ class Checkpointer(DetectionCheckpointer):
     """
 
     resumed_from = ""
+    # What the model has and the file that was loaded last has not, in words; None: none was loaded.
+    _unfit: Optional[List[str]] = None
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Writes a checkpoint that takes its name when all of it is on the disk.
@@ -145,23 +149,15 @@ class Checkpointer(DetectionCheckpointer):
         return "", skipped
 
     def _damage(self, path: str) -> str:
-        """Why training cannot go on from a checkpoint, or ''.
-
-        torch.save keeps a checksum (CRC-32) of every record, as zip files do; torch.load does not
-        look at it.
-        """
+        """Why training cannot go on from a checkpoint, or ''."""
         try:
-            with zipfile.ZipFile(path) as f:
-                record = f.testzip()
-            if record:
-                return f"{record} does not have its checksum"
             content = safe_pickle.load_torch(path)
             missing = [k for k in ("model", *self.checkpointables) if k not in content]
             return f"it has no {missing[0]!r}" if missing else ""
         except OSError as e:
             return e.strerror
         except Exception as e:  # whatever reading a damaged file may raise
-            return (str(e).splitlines() or [type(e).__name__])[0]
+            return first_sentence(e)
 
     def load(self, path: str, checkpointables=None) -> Dict[str, Any]:
         # Upstream takes options behind a question mark.
@@ -176,28 +172,74 @@ class Checkpointer(DetectionCheckpointer):
         except UserError:
             raise
         except Exception as e:  # whatever reading and using a damaged file may raise
-            reason = (str(e).split(". ")[0].splitlines() or [type(e).__name__])[0]
-            raise UserError(f"weights {path!r} cannot be read: {reason}") from e
+            raise UserError(f"weights {path!r} cannot be read: {first_sentence(e)}") from e
+
+    def load_to_evaluate(self, path: str, *, resume: bool = False) -> None:
+        """As :meth:`resume_or_load`, for a model of which the file must have every weight.
+
+        Raises:
+            UserError: it lacks one, or has one of another shape, as heads of other classes; or
+                there is no file.
+        """
+        self._unfit = None
+        self.resume_or_load(path, resume=resume)
+        if self._unfit is None:
+            raise UserError(
+                "--eval-only without weights would evaluate random ones: set MODEL.WEIGHTS to a "
+                "checkpoint"
+            )
+        if self._unfit:
+            more = f" (and {len(self._unfit) - 1} more)" if len(self._unfit) > 1 else ""
+            raise UserError(
+                f"weights {self._path!r} do not fit the model, and --eval-only would evaluate "
+                f"random ones in their place: {self._unfit[0]}{more}; use the config that they "
+                "were trained with (MODEL.ROI_HEADS.NUM_CLASSES, MODEL.MASK_ON), or train first"
+            )
 
     def _load_file(self, filename: str):
-        # A plain unpickler runs whatever a file asks it to.
-        with mock.patch.object(detection_checkpoint, "pickle", safe_pickle):
-            with mock.patch.object(torch, "load", safe_pickle.load_torch):
-                content = super()._load_file(filename)
-        weights = content["model"]
+        if filename.endswith(".safetensors"):
+            content = {"model": read_weights(filename)}
+        else:
+            # A plain unpickler runs whatever a file asks it to.
+            with mock.patch.object(detection_checkpoint, "pickle", safe_pickle):
+                with mock.patch.object(torch, "load", safe_pickle.load_torch):
+                    content = super()._load_file(filename)
+        # Upstream knows the key "model", and takes the whole content without it.
+        found = find_state_dict(content)
+        if isinstance(found.weights, dict) and find_state_dict(found.weights).key:
+            found = find_state_dict(found.weights)
+        if found.key != "model" or found.others:
+            self.logger.info("Of %s, %s", self._path, found)
+        weights = content["model"] = found.weights
         if not isinstance(weights, dict) or not all(isinstance(k, str) for k in weights):
             raise UserError(f"weights {filename!r}: no names and tensors in it (MODEL.WEIGHTS)")
         return content
 
     def _load_model(self, checkpoint: Any):
+        has_torchvisions_names = any(
+            name.endswith("layer1.0.conv1.weight") for name in checkpoint["model"]
+        )
         incompatible = super()._load_model(checkpoint)
         if incompatible is None:
             return incompatible
         missing, extra = incompatible.missing_keys, incompatible.unexpected_keys
-        # R-50 weights in an R-101, or the reverse, fit block by block as far as they go.
+        self._unfit = [
+            f"{name} is of shape {tuple(there)} in the file and {tuple(here)} in the model"
+            for name, there, here in incompatible.incorrect_shapes
+        ]
+        self._unfit += [
+            f"the model has {name}, the file has not"
+            for name in missing
+            if not _NO_PART_OF_EVALUATION.search(name)
+        ]
         unmatched = [k for k in [*missing, *extra] if _RESNET_WEIGHT.search(k)]
         unmatched += [k for k in missing if _RESNET_STATISTICS.search(k)]
         if unmatched or all(n in missing for n, _ in self.model.named_parameters()):
+            if has_torchvisions_names:
+                raise UserError(
+                    f"weights {self._path!r} have the names of torchvision's or timm's ResNet: "
+                    "turn them into a file for this model with tools/convert_backbone.py"
+                )
             detail = f"{unmatched[0]} has no match" if unmatched else "no parameter matches"
             raise UserError(
                 f"weights {self._path!r} are of another architecture: {detail}; set MODEL.WEIGHTS "

@@ -39,7 +39,7 @@ def _run(args, trainer_class: Type[Trainer]):
 def _evaluate(cfg: CfgNode, resume: bool, trainer_class: Type[Trainer]):
     model = trainer_class.build_model(cfg)
     checkpointer = trainer_class.build_checkpointer(cfg, model)
-    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    checkpointer.load_to_evaluate(cfg.MODEL.WEIGHTS, resume=resume)
     if cfg.TEST.PRECISE_BN.ENABLED:
         trainer_class.recompute_statistics(cfg, model)
     results = trainer_class.test(cfg, model)

@@ -34,6 +34,7 @@ from ..data.annotations import check_dicts
 from ..data.errors import annotation_files, dataset_errors, naming_the_file
 from ..data.grouped_sampler import GroupedTrainingSampler, image_groups
 from ..data.loader import TrainLoader
+from ..data.proposals import checked_proposals
 from ..errors import UserError
 from ..evaluation.coco_evaluator import FastCOCOEvaluator
 from ..rng import forked_rng
@@ -250,12 +251,14 @@ class Trainer(DefaultTrainer):
             UserError: it has more classes than the RoI heads, or is not as described.
         """
         keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
-        dicts = get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN,
-            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            min_keypoints=keypoints if cfg.MODEL.KEYPOINT_ON else 0,
-            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-        )
+        files = cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None
+        with checked_proposals(cfg):
+            dicts = get_detection_dataset_dicts(
+                cfg.DATASETS.TRAIN,
+                filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+                min_keypoints=keypoints if cfg.MODEL.KEYPOINT_ON else 0,
+                proposal_files=files,
+            )
         check_dicts(dicts, annotation_files(cfg.DATASETS.TRAIN))
         has_heads = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
         for name in cfg.DATASETS.TRAIN if has_heads else ():
@@ -269,7 +272,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
-        with dataset_errors([dataset_name]):
+        with dataset_errors([dataset_name]), checked_proposals(cfg):
             return build_detection_test_loader(
                 cfg, dataset_name, mapper=cls.build_mapper(cfg, False)
             )

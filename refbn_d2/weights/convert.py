@@ -7,8 +7,9 @@ ends, so conv5 is ``roi_heads.res5`` in a C4 detector and ``backbone.bottom_up.r
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Optional, Set
+from typing import Any, Dict, List, Optional, Set, Tuple
 
+import numpy as np
 import torch
 from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
 from detectron2.layers import ShapeSpec
@@ -18,8 +19,7 @@ from torch import Tensor
 
 from ..config import load_config
 from ..errors import UserError
-from . import safe_pickle
-from .files import atomic_save
+from .files import StateDict, atomic_save, find_state_dict, first_sentence, read_weights
 from .folded import EPS, FOLDED_VAR
 from .resnet_names import detectron2_names, torchvision_names
 
@@ -54,20 +54,26 @@ class Conversion:
 
     Attributes:
         names: those of the source -> those of the target.
-        left_out: number of tensors of the source that are not in the target.
+        left_out: names of the source that are not in the target.
+        taken: which state dict of the source was taken, in words.
         norm: of NORMS, or '' where the weights do not say.
         config: what the config of a detector that starts from the file must say, key -> value.
             Lacks STRIDE_IN_1X1, PIXEL_MEAN, PIXEL_STD and FORMAT where the source does not say.
     """
 
     names: Dict[str, str]
-    left_out: int
+    left_out: List[str]
+    taken: str
     norm: str
     config: Dict[str, Any]
 
 
 def convert(
-    source: str, target: str, norm: Optional[str] = None, to: str = "detectron2"
+    source: str,
+    target: str,
+    norm: Optional[str] = None,
+    to: str = "detectron2",
+    key: str = "",
 ) -> Conversion:
     """Writes the ResNet in a file of weights for another program.
 
@@ -76,12 +82,13 @@ def convert(
         target: .pth to write; a file of that name is kept unless all goes well.
         norm: of NORMS, what the norms become; None leaves them as they are.
         to: of FORMATS: a detectron2 backbone file, or a state dict for torchvision and timm.
+        key: which of several state dicts in the file to take ("model_ema"); '' the likeliest.
 
     Raises:
         UserError: ``source`` cannot be read or has no ResNet that detectron2 builds, its norms
             cannot become ``norm``, or ``target`` cannot be written.
     """
-    content = _read(source)
+    content, found = _read(source, key)
     try:
         names = detectron2_names(content)
         weights = {new: content[old] for old, new in names.items()}
@@ -110,44 +117,32 @@ def convert(
         config.update(_training_config(source, from_torchvision))
     return Conversion(
         names=matched,
-        left_out=len(content) - len(matched),
+        left_out=[name for name in content if name not in matched],
+        taken=str(found),
         norm=norm,
         config=config,
     )
 
 
-def _read(path: str) -> Dict[str, Tensor]:
-    """The state dict in a file; detectron2's names for those of Caffe2."""
+def _read(path: str, key: str) -> Tuple[Dict[str, Tensor], StateDict]:
+    """The tensors in a file, under detectron2's names if they have Caffe2's; where they were."""
     try:
-        file = PathManager.get_local_path(path)
-        if path.endswith(".safetensors"):
-            content = _load_safetensors(file)
-        elif path.endswith(".pkl"):
-            with open(file, "rb") as f:
-                content = safe_pickle.load(f, encoding="latin1")
-        else:
-            content = safe_pickle.load_torch(file)
+        content = read_weights(PathManager.get_local_path(path))
     except UserError:
         raise
     except Exception as e:  # whatever a damaged file may raise
-        reason = (str(e) or type(e).__name__).splitlines()[0].split(". ")[0]
-        raise UserError(f"{path}: cannot be read as weights: {reason}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}, not weights by name")
-    caffe2 = path.endswith(".pkl") and content.get("__author__", "Caffe2") == "Caffe2"
-    for key in ("model", "state_dict", "blobs"):  # of detectron2 and this package, timm, Detectron
-        if isinstance(content.get(key), dict):
-            content = content[key]
-    weights = {k: torch.as_tensor(v) for k, v in content.items() if hasattr(v, "shape")}
-    return convert_c2_detectron_names(weights)[0] if caffe2 else weights
-
-
-def _load_safetensors(file: str) -> Dict[str, Tensor]:
+        raise UserError(f"{path}: cannot be read as weights: {first_sentence(e)}") from None
     try:
-        from safetensors.torch import load_file
-    except ImportError:
-        raise UserError(f"{file}: needs the package safetensors: pip install safetensors") from None
-    return load_file(file)
+        found = find_state_dict(content, key)
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from None
+    caffe2 = path.endswith(".pkl") and content.get("__author__", "Caffe2") == "Caffe2"
+    weights = {k: torch.as_tensor(v) for k, v in found.weights.items() if _is_tensor(v)}
+    return (convert_c2_detectron_names(weights)[0] if caffe2 else weights), found
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, (Tensor, np.ndarray, np.generic))
 
 
 def _write(path: str, content: Dict[str, Any]) -> None:

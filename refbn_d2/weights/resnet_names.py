@@ -19,6 +19,8 @@ _PAIRS = (
 )
 # A weight that each ResNet has.
 _MARK = {"torchvision": "layer1.0.conv1.weight", "detectron2": "res2.0.conv1.weight"}
+# Of torchvision's names, what is no head: an unknown one of these makes it another network.
+_OF_THE_TRUNK = re.compile(r"(?:stem|layer\d*|conv\d*|bn\d+|norm\d*|downsample)\.")
 _IN_A_DETECTOR = re.compile(
     r"(?:module\.)?(?:backbone\.|roi_heads\.)?(?:bottom_up\.)?((?:stem|res[2-5]|linear)\..+)"
 )
@@ -53,8 +55,9 @@ def detectron2_names(names: Iterable[str]) -> Dict[str, str]:
     """Names in a state dict -> those in a detectron2 backbone file, of what is part of the ResNet.
 
     Args:
-        names: of torchvision's or timm's ResNet, of a classifier of this package, or of any
-            detectron2 model with a ResNet, whose heads are left out.
+        names: of torchvision's or timm's ResNet, alone or in a network around it (a classifier of
+            this package, self-supervised pretraining), or of any detectron2 model with a ResNet.
+            Heads are left out.
 
     Raises:
         UserError: there is no ResNet, or one with layers that torchvision's has not.
@@ -70,15 +73,13 @@ def detectron2_names(names: Iterable[str]) -> Dict[str, str]:
             f"no ResNet in it, neither torchvision's or timm's ({_MARK['torchvision']}) nor "
             f"detectron2's ({_MARK['detectron2']})"
         )
-    prefix = marked[0][: -len(_MARK["torchvision"])]  # of a classifier around the network
-    own = [n for n in names if n.startswith(prefix)]
-    renamed = {n: _renamed(n[len(prefix) :], "detectron2") for n in own}
-    unknown = [n for n, new in renamed.items() if not new]
-    if unknown:
-        raise UserError(
-            f"a ResNet that detectron2 does not build: it has no place for {unknown[0]}"
-        )
-    return renamed
+    # Of a classifier around the network; or of the first of several networks, as MoCo's encoder_q.
+    prefix = marked[0][: -len(_MARK["torchvision"])]
+    renamed = {n: _renamed(n[len(prefix) :], "detectron2") for n in names if n.startswith(prefix)}
+    for name, new in renamed.items():
+        if not new and _OF_THE_TRUNK.match(name[len(prefix) :]):
+            raise UserError(f"a ResNet that detectron2 does not build: it has no place for {name}")
+    return {old: new for old, new in renamed.items() if new}
 
 
 def torchvision_names(names: Iterable[str]) -> Dict[str, str]:

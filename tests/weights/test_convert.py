@@ -1,7 +1,9 @@
 """Converted weights give in detectron2 what they gave where they come from."""
 
+import argparse
 import functools
 import os
+import pathlib
 import pickle
 import re
 import resource
@@ -9,6 +11,7 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import oracle
 import pytest
 import tiny
@@ -18,11 +21,13 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from torch import nn
 
+import refbn_d2.classification  # noqa: F401  (registers ImageClassifier)
 from refbn_d2.config import load_config
 from refbn_d2.engine import Trainer
 from refbn_d2.errors import UserError
 from refbn_d2.norms import RefBatchNorm2d, capture, convert_norm
 from refbn_d2.weights.convert import convert
+from refbn_d2.weights.resnet_names import detectron2_names
 
 COCO = tiny.ROOT / "configs/COCO-InstanceSegmentation"
 CLASSIFIER = str(tiny.ROOT / "configs/Quick/Base-classifier.yaml")
@@ -136,7 +141,7 @@ def test_detectors_get_every_weight_of_a_classifiers_residual_network(tmp_path, 
     path = _save({"model": source, "iteration": 3}, tmp_path / "model_final.pth")
     target = str(tmp_path / "backbone.pth")
     conversion = convert(path, target)
-    assert conversion.norm == "RefBN" and conversion.left_out == 0
+    assert conversion.norm == "RefBN" and conversion.left_out == []
     for norm in ("RefBN", "FrozenBN"):
         state = _detector_state(norm, target)
         residual = {k for k in state if k.startswith(("backbone.", "roi_heads.res5."))}
@@ -154,7 +159,8 @@ def test_a_detector_gives_its_backbone_and_conv5_and_no_head(tmp_path, classifie
     state = _detector_state("RefBN", tmp_path / "backbone.pth")
     path = _save({"model": state}, tmp_path / "detector.pth")
     conversion = convert(path, str(tmp_path / "again.pth"))
-    assert conversion.left_out == sum(".res" not in k and ".stem." not in k for k in state) > 0
+    assert conversion.left_out == [k for k in state if ".res" not in k and ".stem." not in k]
+    assert conversion.left_out
     first, again = (torch.load(tmp_path / f"{n}.pth")["model"] for n in ("backbone", "again"))
     assert set(first) - set(again) == {"linear.weight", "linear.bias"}
     assert all(torch.equal(again[k], first[k]) for k in again)
@@ -220,6 +226,108 @@ def test_a_model_zoo_file_of_caffe2s_names_loads(tmp_path, classifier, author):
     actual = torch.load(tmp_path / "zoo.pth")["model"]
     assert set(actual) == set(expected)
     assert all(torch.equal(actual[k], expected[k]) for k in expected)
+
+
+def _pretraining(weights):
+    """Checkpoints as public pretraining leaves them -> what is left out of each, and what taken."""
+    body = {k: v for k, v in weights.items() if not k.startswith("fc.")}
+
+    def at(prefix):
+        return {prefix + k: v for k, v in body.items()}
+
+    junk = torch.randn(3, 3)
+    args = argparse.Namespace(lr=0.1, arch="resnet50", output=pathlib.PurePosixPath("out"))
+    best = np.float64(67.5)
+    return {
+        "MoCo v2": (
+            {
+                "epoch": 200,
+                "arch": "resnet50",
+                "state_dict": {
+                    **at("module.encoder_q."),
+                    "module.encoder_q.fc.0.weight": junk,
+                    "module.encoder_q.fc.2.bias": junk[0],
+                    **{k: v + 1 for k, v in at("module.encoder_k.").items()},
+                    "module.queue": junk,
+                },
+                "optimizer": {"state": {}, "param_groups": [{"lr": 0.03}]},
+            },
+            ["module.encoder_q.fc.0.weight", "module.encoder_k.conv1.weight", "module.queue"],
+            "its 'state_dict'",
+        ),
+        "SwAV": (
+            {
+                **at("module."),
+                "module.projection_head.0.weight": junk,
+                "module.prototypes.weight": junk,
+            },
+            ["module.projection_head.0.weight"],
+            "by name",
+        ),
+        "DINO": (
+            {
+                "student": {k: v + 1 for k, v in at("module.backbone.").items()},
+                "teacher": {**at("backbone."), "head.mlp.0.weight": junk},
+                "args": args,
+                "epoch": np.int64(800),
+            },
+            ["head.mlp.0.weight"],
+            "its 'teacher', not 'student'",
+        ),
+        "torchvision's reference script": (
+            {
+                "model": at(""),
+                "model_ema": {"n_averaged": torch.tensor(7), **at("module.")},
+                "optimizer": {},
+                "args": args,
+                "best": best,
+            },
+            [],
+            "its 'model', not 'model_ema'",
+        ),
+        "timm's": (
+            {
+                "state_dict": {**at(""), "fc.0.weight": junk},
+                "state_dict_ema": at(""),
+                "metric": best,
+            },
+            ["fc.0.weight"],
+            "its 'state_dict', not 'state_dict_ema'",
+        ),
+    }
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("case", _pretraining({}))
+def test_heads_of_public_pretraining_are_left_out(tmp_path, classifier, case, legacy):
+    path = _save({"model": classifier.state_dict()}, tmp_path / "ours.pth")
+    convert(path, str(tmp_path / "theirs.pth"), "BN", to="torchvision")
+    weights = torch.load(tmp_path / "theirs.pth", weights_only=True)
+    content, left_out, taken = _pretraining(weights)[case]
+    torch.save(content, tmp_path / "public.pth", _use_new_zipfile_serialization=not legacy)
+    conversion = convert(str(tmp_path / "public.pth"), str(tmp_path / "out.pth"))
+    assert set(left_out) <= set(conversion.left_out) and taken in conversion.taken
+    converted = torch.load(tmp_path / "out.pth", weights_only=True)["model"]
+    expected = {detectron2_names(weights)[k]: v for k, v in weights.items() if k[:3] != "fc."}
+    assert set(converted) == set(expected)
+    assert all(torch.equal(converted[k], v) for k, v in expected.items())
+    # A detector's checkpointer reads such a file, too, and says what to do with it.
+    cfg = load_config(tiny.CONFIG, tiny.opts())
+    checkpointer = Trainer.build_checkpointer(cfg, Trainer.build_model(cfg))
+    with pytest.raises(UserError, match="public.pth.*torchvision.*convert_backbone.py"):
+        checkpointer.load(str(tmp_path / "public.pth"))
+
+
+def test_another_state_dict_can_be_asked_for(tmp_path, classifier):
+    plain = {k: v for k, v in classifier.state_dict().items() if k.startswith("backbone.")}
+    average = {k: v + 1 for k, v in plain.items()}
+    path = _save({"model": plain, "model_ema": average}, tmp_path / "both.pth")
+    for key, expected in (("", plain), ("model", plain), ("model_ema", average)):
+        convert(path, str(tmp_path / "out.pth"), key=key)
+        written = torch.load(tmp_path / "out.pth", weights_only=True)["model"]
+        assert all(torch.equal(written[k[len("backbone.") :]], v) for k, v in expected.items())
+    with pytest.raises(UserError, match="both.pth: has no weights at 'ema': it has model, model_e"):
+        convert(path, str(tmp_path / "out.pth"), key="ema")
 
 
 class _Evil:

@@ -51,10 +51,18 @@ def test_a_classifier_around_the_network_is_left_out():
     }
 
 
-@pytest.mark.parametrize("extra", ["layer1.0.se.fc1.weight", "conv1.0.weight", "layer1.0.bn1.x.y"])
+@pytest.mark.parametrize(
+    "extra", ["layer1.0.se.fc1.weight", "conv1.0.weight", "layer1.0.bn1.x.y", "bn2.weight"]
+)
 def test_a_layer_that_torchvisions_resnet_has_not_is_named(extra):
     with pytest.raises(UserError, match=f"no place for {extra}"):
         detectron2_names(["layer1.0.conv1.weight", extra])
+
+
+@pytest.mark.parametrize("head", ["fc.0.weight", "projection_head.1.bias", "bn.weight", "queue"])
+def test_a_head_beside_the_network_is_left_out(head):
+    names = ["module.layer1.0.conv1.weight", f"module.{head}"]
+    assert detectron2_names(names) == {names[0]: "res2.0.conv1.weight"}
 
 
 @pytest.mark.parametrize("names", [[], ["features.0.weight"], ["layer1.weight"]])
