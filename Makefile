@@ -1,18 +1,22 @@
 # make quickstart   train, evaluate and compare BN and RefBN detectors in minutes on a laptop
 # make test         the test suite
-# make setup        what both do first: .venv with everything, from PyPI
+# make test-fast    the tests that are not marked slow, in under 90 seconds
+# make lint         ruff: style and formatting
+# make types        mypy
+# make docs         the documentation as a site, in site/; a link that leads nowhere is an error
+# make setup        what all of them do first: .venv with everything, from PyPI
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUTPUT ?= output/quickstart
 
-.PHONY: setup quickstart test lint clean
+.PHONY: setup quickstart test test-fast lint types docs clean
 
 setup: $(VENV)/.complete
 
-# The marker comes last, so an interrupted set-up runs again; each step skips what is done.
-$(VENV)/.complete: requirements.txt setup.py dev/setup_detectron2.py
+# The marker file comes last, so an interrupted set-up runs again; each step skips what is done.
+$(VENV)/.complete: requirements.txt pyproject.toml setup.py dev/setup_detectron2.py
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "installing requirements into $(VENV) (the first time about 3 GB)"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements.txt
@@ -21,14 +25,25 @@ $(VENV)/.complete: requirements.txt setup.py dev/setup_detectron2.py
 	@touch $@
 
 quickstart: setup
-	@$(BIN)/python tools/compare.py run configs/Matrix/quickstart.yaml --jobs 2 --output $(OUTPUT)
-	@$(BIN)/python tools/compare.py report --runs $(OUTPUT) --baseline BN --output $(OUTPUT)/report
+	@$(BIN)/python -m refbn_d2 compare run Matrix/quickstart.yaml --jobs 2 --output $(OUTPUT)
+	@$(BIN)/python -m refbn_d2 compare report --runs $(OUTPUT) --baseline BN --output $(OUTPUT)/report
 
 test: setup
 	@$(BIN)/python -m pytest
 
+test-fast: setup
+	@$(BIN)/python -m pytest -m "not slow"
+
 lint: setup
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(BIN)/python -m ruff check .
+	@$(BIN)/python -m ruff format --check .
+
+types: setup
+	@$(BIN)/python -m mypy
+
+docs: setup
+	@$(BIN)/python -m mkdocs build --quiet --strict
+	@echo "site/index.html"
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info
