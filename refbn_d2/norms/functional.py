@@ -1,15 +1,22 @@
 """The arithmetic of the norms: forward, gradient, and nothing else."""
 
-import os
-from types import ModuleType
-from typing import Callable, NamedTuple, Optional, Tuple
+from typing import Callable, Optional, Tuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .kernels import cpu_aten, cpu_cpp, cuda_aten, formulas
-from .kernels.formulas import per_channel, statistics_dtype
+from .kernels import (
+    BatchStatistics,
+    check_vectors,
+    dense,
+    differentiable_backward,
+    gradient_share,
+    kernels_for,
+    like,
+    per_channel,
+    statistics_dtype,
+)
 
 __all__ = [
     "BatchStatistics",
@@ -22,64 +29,6 @@ __all__ = [
 ]
 
 
-class BatchStatistics(NamedTuple):
-    """What a batch, on one process or many, is normalized by.
-
-    Attributes:
-        samples: m of the paper, the size of the first dimension.
-        count: elements per channel, N H W.
-        mean: (C,).
-        var: (C,), biased.
-    """
-
-    samples: int
-    count: int
-    mean: Tensor
-    var: Tensor
-
-
-def _kernels(x: Tensor) -> ModuleType:
-    """The kernels for x; formulas says what they are."""
-    if torch.compiler.is_compiling():
-        return formulas
-    if x.is_cpu:
-        return cpu_cpp if cpu_cpp.available_for(x) else cpu_aten
-    if x.is_cuda:
-        if os.getenv("REFBN_TRITON") == "1":  # opt-in: nobody has measured it yet
-            try:
-                from .kernels import cuda_triton
-
-                return cuda_triton
-            except ImportError:
-                pass
-        return cuda_aten
-    return formulas
-
-
-def _dense(x: Tensor) -> Tensor:
-    """x, or a contiguous copy unless it is contiguous or channels_last: kernels want either."""
-    if x.is_contiguous(memory_format=torch.channels_last):
-        return x
-    return x.contiguous()
-
-
-def _like(g: Tensor, x: Tensor) -> Tensor:
-    """g in the memory format of x, which is dense."""
-    if x.is_contiguous():
-        return g.contiguous()
-    return g.contiguous(memory_format=torch.channels_last)
-
-
-def _check_vectors(x: Tensor, *vectors: Optional[Tensor]) -> None:
-    """Kernels would read on behind a vector that is too short."""
-    for v in vectors:
-        if v is not None and (v.numel() != x.shape[1] or v.device != x.device):
-            raise ValueError(
-                f"expected {x.shape[1]} values, one for each channel, on {x.device}, got a tensor "
-                f"of shape {tuple(v.shape)} on {v.device}"
-            )
-
-
 def batch_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     """Mean and biased variance of every channel over N, H and W (Algorithm 2, lines 3-4).
 
@@ -90,8 +39,10 @@ def batch_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
         Two (C,) tensors without gradient, float64 for float64 input and float32 for every other
         dtype.
     """
-    x = _dense(x.detach())
-    return _kernels(x).moments(x)
+    x = dense(x.detach())
+    mean, var = kernels_for(x).moments(x)
+    dtype = statistics_dtype(x)
+    return mean.to(dtype), var.to(dtype)
 
 
 def batch_statistics(x: Tensor) -> BatchStatistics:
@@ -113,86 +64,58 @@ class _MixedNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, ref_mean, ref_var, pseudo_count, eps, batch, all_reduce):
-        _check_vectors(x, weight, bias, ref_mean, ref_var)
-        x = _dense(x)
-        samples, count = (x.shape[0], x.numel() // x.shape[1]) if batch is None else batch[:2]
-        lambda1 = pseudo_count / (samples + pseudo_count)  # eq. 13
-        lambda2 = 1.0 - lambda1  # eq. 14
-        reference, affine, kernels = (ref_mean, ref_var), (weight, bias), _kernels(x)
-        if batch is None and kernels is cpu_cpp:
-            results = kernels.forward(x, *reference, *affine, lambda1, eps)
-        else:
-            if batch is None:
-                batch = batch_statistics(x)
-            results = _forward_by_pieces(kernels, x, batch, *reference, *affine, lambda1, eps)
-        y, mean, var, batch_mean, invstd = results
+    def forward(
+        ctx, x, weight, bias, ref_mean, ref_var, pseudo_count, eps, batch, all_reduce, kernels
+    ):
+        y, mean, var, batch_mean, invstd = kernels.forward(
+            x, ref_mean, ref_var, weight, bias, pseudo_count, eps, batch
+        )
         ctx.save_for_backward(x, weight, batch_mean, mean, invstd)
-        ctx.kernels, ctx.share, ctx.all_reduce = kernels, lambda2 / count, all_reduce
+        ctx.kernels, ctx.all_reduce = kernels, all_reduce
+        samples, count = (x.shape[0], x.numel() // x.shape[1]) if batch is None else batch[:2]
+        ctx.share = gradient_share(pseudo_count, samples, count)
+        # mean and var are non-differentiable outputs: allocate no zero gradients for them.
         ctx.mark_non_differentiable(mean, var)
-        ctx.set_materialize_grads(False)  # of these two, which nobody reads
+        ctx.set_materialize_grads(False)
         return y, mean, var
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g, *_):
-        x, weight, batch_mean, mean, invstd = ctx.saved_tensors
-        kernels = ctx.kernels
-        g = torch.zeros_like(x) if g is None else _like(g, x)
-        if kernels is cpu_cpp and ctx.all_reduce is None and ctx.needs_input_grad[0]:
-            vectors = weight, batch_mean, mean, invstd
-            grad_x, sum_g, sum_g_xhat = kernels.backward(g, x, *vectors, ctx.share)
+        # Read once: checkpointing refuses to unpack a tensor twice.
+        x, weight, *vectors = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        g = torch.zeros_like(x) if g is None else like(g, x)
+        if torch.is_grad_enabled() and ctx.all_reduce is None:  # create_graph=True
+            results = differentiable_backward(g, x, weight, *vectors, ctx.share)
         else:
-            grad_x, sum_g, sum_g_xhat = _backward_by_pieces(ctx, g)
-        grad_weight = grad_bias = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = sum_g_xhat.to(weight.dtype)
-        if ctx.needs_input_grad[2]:
+            results = ctx.kernels.backward(
+                g, x, weight, *vectors, ctx.share, ctx.all_reduce, needs_x
+            )
+        grad_x, sum_g, sum_g_xhat = results
+        grad_weight = sum_g_xhat.to(weight.dtype) if needs_weight else None
+        grad_bias = None
+        if needs_bias:
             grad_bias = sum_g.to(g.dtype if weight is None else weight.dtype)
-        return (grad_x, grad_weight, grad_bias) + (None,) * 6
+        return (grad_x, grad_weight, grad_bias) + (None,) * 7
 
 
-def _forward_by_pieces(kernels, x, batch, ref_mean, ref_var, weight, bias, lambda1, eps):
-    """What cpu_cpp.forward does, of a batch of which x may be a part."""
-    # Kernels want the per-channel vectors in one dtype, x may be narrower.
-    dtype = batch.mean.dtype
-    weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
-    mean = torch.lerp(batch.mean, ref_mean.to(dtype), lambda1)  # eq. 15
-    mixed = torch.lerp(batch.var, ref_var.to(dtype), lambda1)  # eq. 16
-    # Only the batch's share is a sample variance, so only it takes Bessel's correction; with a
-    # single value it is zero whatever the factor.
-    excess = 1.0 / max(batch.count - 1, 1)  # of n / (n - 1) over 1
-    var = torch.add(mixed, batch.var, alpha=(1.0 - lambda1) * excess)
-    if x.numel() == 0:
-        y = torch.empty_like(x)
-    else:
-        y = kernels.normalize(x, mean, mixed, weight, bias, eps)
-    return y, mean, var, batch.mean, torch.rsqrt(mixed + eps)
+class _MixedNormOfAPart(_MixedNorm):
+    """The same of a part of the batch, whose gradient asks the other processes: only once."""
+
+    forward = _MixedNorm.forward
+    backward = staticmethod(once_differentiable(_MixedNorm.backward))
 
 
-def _backward_by_pieces(ctx, g):
-    """What cpu_cpp.backward does, of a batch of which x may be a part."""
-    kernels = ctx.kernels
-    x, weight, batch_mean, mean, invstd = ctx.saved_tensors
-    empty = x.numel() == 0
-    if empty:
-        sum_g = sum_g_xhat = torch.zeros_like(mean)
-    else:
-        sum_g, sum_g_xhat = kernels.sums(g, x, mean, invstd)
-    total_g, total_g_xhat = sum_g, sum_g_xhat
-    if ctx.all_reduce is not None:
-        # Whatever this process needs, the others wait for its part.
-        totals = torch.stack([sum_g, sum_g_xhat])
-        ctx.all_reduce(totals)
-        total_g, total_g_xhat = totals
-    if not ctx.needs_input_grad[0]:
-        return None, sum_g, sum_g_xhat
-    if empty:
-        return torch.empty_like(x), sum_g, sum_g_xhat
-    scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
-    mean_g, slope = total_g * ctx.share, invstd * total_g_xhat * ctx.share
-    grad_x = kernels.input_gradient(g, x, batch_mean, scale, mean_g, slope)
-    return grad_x, sum_g, sum_g_xhat
+def _mixed_norm(x, weight, bias, ref_mean, ref_var, pseudo_count, eps, batch=None, all_reduce=None):
+    check_vectors(x, weight, bias, ref_mean, ref_var)
+    kernels = kernels_for(x)
+    if kernels.differentiable and all_reduce is None:
+        reference = ref_mean.detach(), ref_var.detach()
+        y, mean, var, *_ = kernels.forward(x, *reference, weight, bias, pseudo_count, eps)
+        return y, mean.detach(), var.detach()
+    function = _MixedNorm if all_reduce is None else _MixedNormOfAPart
+    constants = ref_mean, ref_var, pseudo_count, eps, batch, all_reduce, kernels
+    return function.apply(dense(x), weight, bias, *constants)
 
 
 def mixed_norm(
@@ -218,9 +141,7 @@ def mixed_norm(
     Returns:
         As :func:`ref_batch_norm`.
     """
-    return _MixedNorm.apply(
-        x, weight, bias, ref_mean, ref_var, pseudo_count, eps, batch, all_reduce
-    )
+    return _mixed_norm(x, weight, bias, ref_mean, ref_var, pseudo_count, eps, batch, all_reduce)
 
 
 def ref_batch_norm(
@@ -255,7 +176,7 @@ def ref_batch_norm(
         eq. 16 with the batch's share Bessel-corrected by n / (n - 1), n = N H W (Algorithm 3,
         line 9).
     """
-    return _MixedNorm.apply(x, weight, bias, ref_mean, ref_var, pseudo_count, eps, None, None)
+    return _mixed_norm(x, weight, bias, ref_mean, ref_var, pseudo_count, eps)
 
 
 def sample_norm(

@@ -1,9 +1,13 @@
 """RefBN's forward, gradient and statistics against the paper's equations in float64 autograd."""
 
+from functools import partial
+
 import oracle
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
+from refbn_d2.norms import functional
 from refbn_d2.norms.functional import (
     batch_moments,
     batch_statistics,
@@ -11,6 +15,7 @@ from refbn_d2.norms.functional import (
     ref_batch_norm,
     sample_norm,
 )
+from refbn_d2.norms.kernels.cpu_aten import CpuAten
 
 SHAPES = [(4, 3, 5, 7), (1, 3, 4, 4), (2, 1, 3, 3), (5, 3, 1, 1), (1, 3, 1, 1), (2, 6, 1, 9)]
 
@@ -119,12 +124,119 @@ def test_an_output_without_a_gradient_has_one_of_zeros():
         assert torch.equal(leaf.grad, torch.zeros_like(leaf))
 
 
-def test_second_derivative_is_a_clear_error():
+@pytest.fixture(params=[torch.contiguous_format, torch.channels_last], ids=["NCHW", "last"])
+def leaves(request):
+    x, weight, bias, *_ = _inputs((3, 2, 2, 3))
+    return [x.contiguous(memory_format=request.param), weight, bias]
+
+
+def _function(k, norm=ref_batch_norm):
+    _, _, _, ref_mean, ref_var = _inputs((3, 2, 2, 3))
+    return lambda x, weight, bias: norm(x, ref_mean, ref_var, weight, bias, k)[0]
+
+
+@pytest.mark.parametrize("k", [0.0, 1.0])
+def test_second_derivative(leaves, k):
+    leaves = [t.requires_grad_() for t in leaves]
+    assert torch.autograd.gradgradcheck(_function(k), leaves)
+
+
+def _batch_norm(x, weight, bias):
+    return torch.nn.functional.batch_norm(x, None, None, weight, bias, training=True)
+
+
+@pytest.mark.parametrize(
+    "k, wanted, order",
+    [
+        (0.0, _batch_norm, 2),  # it has no third
+        (1.0, _function(1.0, oracle.ref_bn), 2),
+        (1.0, _function(1.0, oracle.ref_bn), 3),
+    ],
+)
+def test_derivatives_of_higher_order(leaves, k, wanted, order):
+    results = []
+    for function in (_function(k), wanted):
+        inputs = [t.clone().requires_grad_() for t in leaves]
+        value = function(*inputs).pow(3).sum()
+        for _ in range(order):
+            gradients = torch.autograd.grad(value, inputs, create_graph=True)
+            value = sum(g.square().sum() for g in gradients)
+        results.append(gradients)
+    for actual, expected in zip(*results):
+        assert oracle.relative_error(actual, expected) < 1e-9
+
+
+def test_second_derivative_in_float32():
+    x, weight, bias, ref_mean, ref_var = _inputs((4, 3, 8, 8), torch.float32)
+    results = []
+    for dtype, norm in ((torch.float32, ref_batch_norm), (torch.float64, oracle.ref_bn)):
+        leaf = x.to(dtype).requires_grad_()
+        vectors = (v.to(dtype) for v in (ref_mean, ref_var, weight, bias))
+        value = norm(leaf, *vectors)[0].pow(3).sum()
+        (gradient,) = torch.autograd.grad(value, leaf, create_graph=True)
+        results.append(torch.autograd.grad(gradient.square().sum(), leaf)[0])
+    assert oracle.relative_error(*results) < 1e-4
+
+
+def test_a_part_of_a_batch_has_no_second_derivative():
     x, weight, bias, ref_mean, ref_var = _inputs((3, 2, 2, 3))
-    y = ref_batch_norm(x.requires_grad_(), ref_mean, ref_var, weight, bias)[0]
+    vectors = ref_mean, ref_var, weight, bias
+    y = mixed_norm(x.requires_grad_(), batch_statistics(x), *vectors, all_reduce=lambda t: None)[0]
     (grad,) = torch.autograd.grad((y**2).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+def test_forward_mode(leaves):
+    assert torch.autograd.gradcheck(
+        _function(1.0), [t.requires_grad_() for t in leaves], check_forward_ad=True
+    )
+
+
+TRANSFORMS = {
+    "grad": lambda f, *a: torch.func.grad(lambda *a: f(*a).pow(3).sum(), (0, 1, 2))(*a),
+    "vjp": lambda f, *a: torch.func.vjp(f, *a)[1](a[0]),
+    "jvp": lambda f, *a: torch.func.jvp(f, a, a),
+    "hessian": lambda f, *a: torch.func.hessian(lambda *a: f(*a).pow(3).sum())(*a),
+    "jacrev": lambda f, *a: torch.func.jacrev(f, argnums=(0, 1))(*a),
+    "vmap": lambda f, *a: torch.func.vmap(f)(*(torch.stack([t, 2 * t]) for t in a)),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_of_torch_func(leaves, transform):
+    apply = TRANSFORMS[transform]
+    actual = torch.utils._pytree.tree_leaves(apply(_function(1.0), *leaves))
+    wanted = torch.utils._pytree.tree_leaves(apply(_function(1.0, oracle.ref_bn), *leaves))
+    assert len(actual) == len(wanted)
+    for a, b in zip(actual, wanted):
+        assert oracle.relative_error(a, b) < 1e-9
+
+
+def test_statistics_are_constants_of_a_transform():
+    x, _, _, ref_mean, ref_var = _inputs((3, 2, 2, 3))
+
+    def through_statistics(x):
+        _, mean, var = ref_batch_norm(x, ref_mean, ref_var)
+        return (mean + var + batch_moments(x)[1]).sum()
+
+    assert torch.func.grad(through_statistics)(x).abs().max() == 0
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_checkpointing(compiled, reentrant, monkeypatch):
+    # It refuses to hand out a saved tensor twice.
+    if not compiled:
+        monkeypatch.setattr(functional, "kernels_for", lambda x: CpuAten())
+    x, weight, bias, ref_mean, ref_var = _inputs((3, 2, 2, 3))
+    results = []
+    for call in (lambda f, *a: f(*a), partial(checkpoint, use_reentrant=reentrant)):
+        inputs = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        y = call(lambda x, w, b: ref_batch_norm(x, ref_mean, ref_var, w, b)[0], *inputs)
+        y.pow(3).sum().backward()
+        results.append([t.grad for t in inputs])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 def test_non_contiguous_input_and_expanded_gradient():

@@ -1,7 +1,6 @@
-"""The kernels of functional.py on a CPU, from PyTorch's own vectorized pieces.
+"""The kernels on a CPU where nothing can be compiled: PyTorch's own vectorized pieces.
 
-docs/performance.md says what each piece costs and what else was tried. x and g are dense, in the
-same memory format, contiguous or channels_last, and not empty.
+docs/performance.md says what each piece costs and what else was tried.
 """
 
 from typing import Iterator, Tuple
@@ -9,9 +8,9 @@ from typing import Iterator, Tuple
 import torch
 from torch import Tensor
 
-from .formulas import normalize, per_channel, statistics_dtype
+from .base import Kernels, per_channel, statistics_dtype
 
-__all__ = ["input_gradient", "moments", "normalize", "sums"]
+__all__ = ["CpuAten"]
 
 # Elements of a block: a megabyte. Smaller ones cost calls; in larger ones the native channels_last
 # kernel, with one float32 accumulator a channel, loses digits.
@@ -20,13 +19,48 @@ _BLOCK = 1 << 18
 _SHORT_ROW = 16
 
 
-def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
-    if not x.is_contiguous():
-        return _block_moments(x)
-    wide = x.dtype == statistics_dtype(x)
-    if wide and x.shape[2] * x.shape[3] >= _SHORT_ROW:
-        return _row_moments(x)
-    return _native_moments(x)
+class CpuAten(Kernels):
+    """PyTorch's vectorized kernels."""
+
+    name = "cpu_aten"
+
+    def moments(self, x: Tensor) -> Tuple[Tensor, Tensor]:
+        if not x.is_contiguous():
+            return _block_moments(x)
+        wide = x.dtype == statistics_dtype(x)
+        if wide and x.shape[2] * x.shape[3] >= _SHORT_ROW:
+            return _row_moments(x)
+        return _native_moments(x)
+
+    def sums(self, g: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tuple[Tensor, Tensor]:
+        # What BatchNorm's gradient is made of, without its last pass. Weight and running statistics
+        # are asked for and not used.
+        _, sum_g_xhat, sum_g = torch.ops.aten.native_batch_norm_backward(
+            g, x, mean, mean, mean, mean, invstd, True, 0.0, [False, True, True]
+        )
+        return sum_g, sum_g_xhat
+
+    def input_gradient(
+        self, g: Tensor, x: Tensor, center: Tensor, scale: Tensor, mean_g: Tensor, slope: Tensor
+    ) -> Tensor:
+        unit = torch.ones_like(center)
+        weight, bias = -scale * slope, -scale * mean_g
+        if x.dtype == center.dtype:
+            grad = torch.native_batch_norm(x, weight, bias, center, unit, False, 0.0, 0.0)[0]
+            return grad.addcmul_(g, per_channel(scale))
+        # In bfloat16 the terms would be rounded one by one, and mean_g would no longer cancel.
+        grad = torch.empty_like(x)
+        blocks = list(_blocks(x))
+        size = x[blocks[0]].numel()
+        scratch, scratch_g = torch.empty(2, size, dtype=center.dtype)
+        vectors = [per_channel(v) for v in (center, weight, bias, scale)]
+        for block in blocks:
+            part = grad[block]
+            wide, wide_g = (s.as_strided(part.shape, part.stride()) for s in (scratch, scratch_g))
+            c, w, b, a = (v[:, block[1]] for v in vectors)
+            wide.copy_(x[block]).sub_(c).mul_(w).add_(b)
+            part.copy_(wide.addcmul_(wide_g.copy_(g[block]), a))
+        return grad
 
 
 def _native_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
@@ -75,38 +109,6 @@ def _row_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     within = row_norm.square_().sum(0).div_(rows.shape[1])
     between = row_mean.sub_(mean).square_().sum(0)
     return mean, within.add_(between).div_(samples)
-
-
-def sums(g: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tuple[Tensor, Tensor]:
-    # What BatchNorm's gradient is made of, without its last pass. Weight and running statistics are
-    # asked for and not used.
-    _, sum_g_xhat, sum_g = torch.ops.aten.native_batch_norm_backward(
-        g, x, mean, mean, mean, mean, invstd, True, 0.0, [False, True, True]
-    )
-    return sum_g, sum_g_xhat
-
-
-def input_gradient(
-    g: Tensor, x: Tensor, center: Tensor, scale: Tensor, mean_g: Tensor, slope: Tensor
-) -> Tensor:
-    unit = torch.ones_like(center)
-    weight, bias = -scale * slope, -scale * mean_g
-    if x.dtype == center.dtype:
-        grad = torch.native_batch_norm(x, weight, bias, center, unit, False, 0.0, 0.0)[0]
-        return grad.addcmul_(g, per_channel(scale))
-    # In bfloat16 the terms would be rounded one by one, and mean_g would no longer cancel.
-    grad = torch.empty_like(x)
-    blocks = list(_blocks(x))
-    size = x[blocks[0]].numel()
-    scratch, scratch_g = torch.empty(2, size, dtype=center.dtype)
-    vectors = [per_channel(v) for v in (center, weight, bias, scale)]
-    for block in blocks:
-        part = grad[block]
-        wide, wide_g = (s.as_strided(part.shape, part.stride()) for s in (scratch, scratch_g))
-        c, w, b, a = (v[:, block[1]] for v in vectors)
-        wide.copy_(x[block]).sub_(c).mul_(w).add_(b)
-        part.copy_(wide.addcmul_(wide_g.copy_(g[block]), a))
-    return grad
 
 
 def _blocks(x: Tensor) -> Iterator[Tuple[slice, slice, slice]]:

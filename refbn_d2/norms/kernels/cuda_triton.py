@@ -1,8 +1,7 @@
-"""The kernels of functional.py on CUDA in Triton, for who sets REFBN_TRITON=1.
+"""The kernels on CUDA in Triton, used if REFBN_TRITON=1.
 
 Tested under Triton's interpreter only: nobody has run them on a GPU, so their speed there is
-unmeasured and they are not the default. formulas says what each function returns. x and g are
-dense, in the same memory format, contiguous or channels_last; any of the floating dtypes.
+unmeasured and they are not the default.
 """
 
 from typing import Optional, Tuple
@@ -12,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .formulas import statistics_dtype
+from .base import Kernels, statistics_dtype
 
-__all__ = ["input_gradient", "moments", "normalize", "sums"]
+__all__ = ["CudaTriton"]
 
 # Programs that a reduction is split into, several for each multiprocessor of a large GPU, whatever
 # the GPU: a device does not change the order of summation.
@@ -128,14 +127,11 @@ def _flat_indices(size, pixels, channels, WIDE: tl.constexpr, BLOCK: tl.constexp
 
 
 @triton.jit
-def _normalize_kernel(x, y, mean, var, weight, bias, eps, size, pixels, channels,
+def _normalize_kernel(x, y, mean, scale, bias, size, pixels, channels,
                       WIDE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     i, mask, c = _flat_indices(size, pixels, channels, WIDE, BLOCK)
-    mu, v = tl.load(mean + c, mask), tl.load(var + c, mask, 1.0)
-    scale = tl.rsqrt(v + eps)
-    if weight is not None:
-        scale *= tl.load(weight + c, mask)
-    out = (tl.load(x + i, mask).to(mu.dtype) - mu) * scale
+    mu = tl.load(mean + c, mask)
+    out = (tl.load(x + i, mask).to(mu.dtype) - mu) * tl.load(scale + c, mask)
     if bias is not None:
         out += tl.load(bias + c, mask)
     tl.store(y + i, out, mask)
@@ -179,48 +175,43 @@ def _flat(x: Tensor):
     return (triton.cdiv(size, _FLAT),), (size, pixels, x.shape[1], size >= _WIDE, _FLAT)
 
 
-def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
-    grid, sizes, constants = _split(x)
-    rows, chunk, _, channels = sizes
-    means, squares = x.new_empty(2, grid[1], channels, dtype=statistics_dtype(x))
-    mean, var = torch.empty_like(means[0]), torch.empty_like(means[0])
-    with torch.cuda.device_of(x):
-        _moments_kernel[grid](x, means, squares, *sizes, **constants)
-        _merge_kernel[(triton.cdiv(channels, 128),)](
-            means, squares, mean, var, rows, chunk, channels, grid[1], 128, constants["ACC"]
-        )
-    return mean, var
+class CudaTriton(Kernels):
+    """Triton kernels; for any of the floating dtypes."""
 
+    name = "cuda_triton"
 
-def sums(g: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tuple[Tensor, Tensor]:
-    grid, sizes, constants = _split(x)
-    out = mean.new_empty(2, grid[1], x.shape[1])
-    with torch.cuda.device_of(x):
-        _sums_kernel[grid](g, x, mean, invstd, out, *sizes, grid[1], **constants)
-    sum_g, sum_g_xhat = out.sum(1)
-    return sum_g, sum_g_xhat
+    def moments(self, x: Tensor) -> Tuple[Tensor, Tensor]:
+        grid, sizes, constants = _split(x)
+        rows, chunk, _, channels = sizes
+        means, squares = x.new_empty(2, grid[1], channels, dtype=statistics_dtype(x))
+        mean, var = torch.empty_like(means[0]), torch.empty_like(means[0])
+        with torch.cuda.device_of(x):
+            _moments_kernel[grid](x, means, squares, *sizes, **constants)
+            _merge_kernel[(triton.cdiv(channels, 128),)](
+                means, squares, mean, var, rows, chunk, channels, grid[1], 128, constants["ACC"]
+            )
+        return mean, var
 
+    def sums(self, g: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tuple[Tensor, Tensor]:
+        grid, sizes, constants = _split(x)
+        out = mean.new_empty(2, grid[1], x.shape[1])
+        with torch.cuda.device_of(x):
+            _sums_kernel[grid](g, x, mean, invstd, out, *sizes, grid[1], **constants)
+        sum_g, sum_g_xhat = out.sum(1)
+        return sum_g, sum_g_xhat
 
-def normalize(
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Optional[Tensor],
-    bias: Optional[Tensor],
-    eps: float,
-) -> Tensor:
-    y = torch.empty_like(x)
-    grid, sizes = _flat(x)
-    with torch.cuda.device_of(x):
-        _normalize_kernel[grid](x, y, mean, var, weight, bias, eps, *sizes)
-    return y
+    def normalize(self, x: Tensor, mean: Tensor, scale: Tensor, bias: Optional[Tensor]) -> Tensor:
+        y = torch.empty_like(x)
+        grid, sizes = _flat(x)
+        with torch.cuda.device_of(x):
+            _normalize_kernel[grid](x, y, mean, scale, bias, *sizes)
+        return y
 
-
-def input_gradient(
-    g: Tensor, x: Tensor, center: Tensor, scale: Tensor, mean_g: Tensor, slope: Tensor
-) -> Tensor:
-    grad = torch.empty_like(x)
-    grid, sizes = _flat(x)
-    with torch.cuda.device_of(x):
-        _input_gradient_kernel[grid](g, x, grad, center, scale, mean_g, slope, *sizes)
-    return grad
+    def input_gradient(
+        self, g: Tensor, x: Tensor, center: Tensor, scale: Tensor, mean_g: Tensor, slope: Tensor
+    ) -> Tensor:
+        grad = torch.empty_like(x)
+        grid, sizes = _flat(x)
+        with torch.cuda.device_of(x):
+            _input_gradient_kernel[grid](g, x, grad, center, scale, mean_g, slope, *sizes)
+        return grad

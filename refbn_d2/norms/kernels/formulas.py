@@ -1,58 +1,80 @@
-"""The kernels of functional.py as formulas: for torch.compile, which fuses them, and any device.
-
-This is also what a set of kernels is: each such module has these four functions. x and g are
-(N, C, H, W), not empty; vectors are (C,) in :func:`statistics_dtype` of x; nothing is
-differentiated through.
-"""
+"""The kernels as formulas of elementary operations: they work on every device, torch.compile can
+fuse them, and PyTorch can differentiate them in every way."""
 
 from typing import Optional, Tuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["input_gradient", "moments", "normalize", "per_channel", "statistics_dtype", "sums"]
+from .base import Kernels, per_channel, statistics_dtype
+
+__all__ = ["Fallback", "Formulas", "differentiable_backward"]
 
 
-def statistics_dtype(x: Tensor) -> torch.dtype:
-    """float64 for float64 input, float32 for every other dtype."""
-    # Sums over 10^6 bfloat16 values lose all their digits; statistics are never narrower than fp32.
-    return torch.promote_types(x.dtype, torch.float32)
+class Formulas(Kernels):
+    """Elementary operations only; differentiable in all arguments."""
+
+    name = "formulas"
+    differentiable = True
+
+    def moments(self, x: Tensor) -> Tuple[Tensor, Tensor]:
+        wide = statistics_dtype(x)
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            wide = torch.float64  # as BatchNorm adds up on a CPU
+        var, mean = torch.var_mean(x.to(wide), dim=(0, 2, 3), correction=0)
+        return mean, var
+
+    def normalize(self, x: Tensor, mean: Tensor, scale: Tensor, bias: Optional[Tensor]) -> Tensor:
+        y = (x.to(mean.dtype) - per_channel(mean)) * per_channel(scale)
+        if bias is not None:
+            y = y + per_channel(bias)
+        return y.to(x.dtype)
+
+    def sums(self, g: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tuple[Tensor, Tensor]:
+        g = g.to(mean.dtype)
+        sum_g_xmu = (g * (x.to(mean.dtype) - per_channel(mean))).sum((0, 2, 3))
+        return g.sum((0, 2, 3)), sum_g_xmu * invstd
+
+    def input_gradient(
+        self, g: Tensor, x: Tensor, center: Tensor, scale: Tensor, mean_g: Tensor, slope: Tensor
+    ) -> Tensor:
+        drop = per_channel(mean_g) + per_channel(slope) * (x.to(center.dtype) - per_channel(center))
+        return (per_channel(scale) * (g.to(center.dtype) - drop)).to(x.dtype)
 
 
-def per_channel(v: Tensor) -> Tensor:
-    """(C,) as (1, C, 1, 1)."""
-    return v.view(1, -1, 1, 1)
+class Fallback(Formulas):
+    """For torch.compile, which fuses them, and for devices without a set of their own.
+
+    PyTorch has a kernel to normalize with, which is not differentiable in its statistics.
+    """
+
+    name = "fallback"
+    differentiable = False
+
+    normalize = Kernels.normalize
 
 
-def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
-    """Mean and biased variance over N, H and W, (C,) each."""
-    var, mean = torch.var_mean(x.to(statistics_dtype(x)), dim=(0, 2, 3), correction=0)
-    return mean, var
-
-
-def normalize(
+def differentiable_backward(
+    g: Tensor,
     x: Tensor,
-    mean: Tensor,
-    var: Tensor,
     weight: Optional[Tensor],
-    bias: Optional[Tensor],
-    eps: float,
-) -> Tensor:
-    """weight (x - mean) / sqrt(var + eps) + bias, as x in dtype and memory format."""
-    return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
+    batch_mean: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    share: float,
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """:meth:`Kernels.backward` of a whole batch, differentiable in g, x and weight.
 
-
-def sums(g: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tuple[Tensor, Tensor]:
-    """Sums over N, H and W of g and of g (x - mean) invstd: the gradients of bias and weight."""
-    g = g.to(mean.dtype)
-    sum_g_xmu = (g * (x.to(mean.dtype) - per_channel(mean))).sum((0, 2, 3))
-    return g.sum((0, 2, 3)), sum_g_xmu * invstd
-
-
-def input_gradient(
-    g: Tensor, x: Tensor, center: Tensor, scale: Tensor, mean_g: Tensor, slope: Tensor
-) -> Tensor:
-    """scale (g - mean_g - slope (x - center)), as x in dtype and memory format."""
-    drop = per_channel(mean_g) + per_channel(slope) * (x.to(center.dtype) - per_channel(center))
-    return (per_channel(scale) * (g.to(center.dtype) - drop)).to(x.dtype)
+    The vectors are the results of the forward pass: numbers. Here they become functions of x again,
+    with the same values: with v = var_B(x), the mixed variance changes by lambda2 times what v
+    changes by, and the mean likewise.
+    """
+    formulas = Formulas()
+    lambda2 = share * (x.numel() // x.shape[1])
+    batch_mean, batch_var = formulas.moments(x)
+    narrow, wide = mean.dtype, batch_var.dtype
+    mean = mean + lambda2 * (batch_mean - batch_mean.detach()).to(narrow)
+    mixed = invstd.to(wide).pow(-2) + lambda2 * (batch_var - batch_var.detach())
+    vectors = batch_mean.to(narrow), mean, torch.rsqrt(mixed).to(narrow)
+    gradients = formulas.backward(g, x, weight, *vectors, share)
+    return gradients  # type: ignore[return-value]  (input_gradient is True)
