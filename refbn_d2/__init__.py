@@ -16,6 +16,7 @@ __all__ = [
     "fold_norms",
     "get_config_file",
     "register_norm",
+    "setup_environment",
     "unregister_norm",
 ]
 
@@ -43,6 +44,13 @@ def __getattr__(name: str):
     if _HOME[name] not in ("norms", "config_files"):
         importlib.import_module(f"{__name__}.upstream")  # says so if detectron2 is missing
     return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def setup_environment() -> None:
+    """What detectron2 calls where ``DETECTRON2_ENV_MODULE`` is "refbn_d2": importing is enough.
+
+    With that environment variable every tool that imports detectron2 knows the norms, unedited.
+    """
 
 
 try:

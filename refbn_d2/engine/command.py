@@ -43,6 +43,8 @@ def _evaluate(cfg: CfgNode, resume: bool, trainer_class: Type[Trainer]):
     if cfg.TEST.PRECISE_BN.ENABLED:
         trainer_class.recompute_statistics(cfg, model)
     results = trainer_class.test(cfg, model)
+    if cfg.TEST.AUG.ENABLED:
+        results.update(trainer_class.test_with_augmentation(cfg, model))
     if comm.is_main_process():
         verify_results(cfg, results)
     return results

@@ -23,6 +23,7 @@ from detectron2.engine import (
     defaults,
     hooks,
 )
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.events import JSONWriter
@@ -36,11 +37,11 @@ from ..data.grouped_sampler import GroupedTrainingSampler, image_groups
 from ..data.loader import TrainLoader
 from ..data.proposals import checked_proposals
 from ..errors import UserError
-from ..evaluation.coco_evaluator import FastCOCOEvaluator
 from ..rng import forked_rng
 from ..statistics.inference import recompute_statistics
 from ..statistics.reference import reference_layers
 from .checkpoint import Checkpointer
+from .evaluators import build_evaluator
 from .hooks import EvalHook, ExactResume, ProgressBar, ReferenceHook, StatisticsHook
 from .metrics import MetricsWriter
 from .run_folder import check_exists, output_errors
@@ -278,15 +279,21 @@ class Trainer(DefaultTrainer):
             )
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str):
-        evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type")
-        if evaluator_type != "coco":
-            raise UserError(
-                f"data set {dataset_name} has evaluator_type {evaluator_type!r}: only 'coco' is "
-                "evaluated here"
-            )
-        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
-        return FastCOCOEvaluator(dataset_name, output_dir=folder, backend=cfg.TEST.COCO_BACKEND)
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: Optional[str] = None):
+        folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+        return build_evaluator(cfg, dataset_name, folder)
+
+    @classmethod
+    def test_with_augmentation(cls, cfg: CfgNode, model) -> Dict[str, Any]:
+        """Evaluates with TEST.AUG, detectron2's test-time augmentation of R-CNNs.
+
+        Returns:
+            As ``test``, with "_TTA" behind each name, like detectron2's tools/train_net.py.
+        """
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        return {f"{name}_TTA": value for name, value in results.items()}
 
     @classmethod
     def load_reference_batch(cls, cfg: CfgNode) -> List[Dict[str, Any]]:
@@ -361,6 +368,8 @@ class Trainer(DefaultTrainer):
                 )
             elif isinstance(hook, hooks.EvalHook):
                 yield EvalHook(hook._period, hook._func)
+                if cfg.TEST.AUG.ENABLED:
+                    yield EvalHook(0, lambda: self.test_with_augmentation(cfg, self.model))
             else:
                 if isinstance(hook, hooks.PeriodicCheckpointer):
                     hook.max_to_keep = cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP or None

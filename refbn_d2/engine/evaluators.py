@@ -1,0 +1,76 @@
+"""What evaluates a data set: the evaluator that its evaluator_type names."""
+
+from importlib.util import find_spec
+from typing import List
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
+)
+
+from ..errors import UserError
+from ..evaluation.coco_evaluator import FastCOCOEvaluator
+
+__all__ = ["build_evaluator"]
+
+# evaluator_type -> (package that the evaluator needs at the end of training, how to install it)
+_NEEDS = {
+    "coco_panoptic_seg": (
+        "panopticapi",
+        "pip install git+https://github.com/cocodataset/panopticapi.git",
+    ),
+    "cityscapes_instance": ("cityscapesscripts", "pip install cityscapesscripts"),
+    "cityscapes_sem_seg": ("cityscapesscripts", "pip install cityscapesscripts"),
+    "lvis": ("lvis", "pip install lvis"),
+}
+
+
+def build_evaluator(cfg: CfgNode, name: str, output_dir: str) -> DatasetEvaluator:
+    """The evaluator of a data set, as detectron2's tools/train_net.py chooses it.
+
+    Args:
+        cfg: its TEST.COCO_BACKEND computes the AP of boxes and masks.
+        name: of the data set; its metadata has the ``evaluator_type``.
+        output_dir: folder of the results files.
+
+    Raises:
+        UserError: the type is unknown, or a package that its evaluator needs is not installed.
+    """
+    kind = MetadataCatalog.get(name).get("evaluator_type")
+    package, remedy = _NEEDS.get(kind, ("", ""))
+    if package and find_spec(package) is None:
+        raise UserError(
+            f"data set {name} is evaluated by {package}, which is not installed: {remedy}"
+        )
+    single = {
+        "cityscapes_instance": CityscapesInstanceEvaluator,
+        "cityscapes_sem_seg": CityscapesSemSegEvaluator,
+        "pascal_voc": PascalVOCDetectionEvaluator,
+    }
+    if kind in single:
+        return single[kind](name)
+    if kind == "lvis":
+        return LVISEvaluator(name, output_dir=output_dir)
+    evaluators: List[DatasetEvaluator] = []
+    if kind in ("sem_seg", "coco_panoptic_seg"):
+        evaluators.append(SemSegEvaluator(name, output_dir=output_dir))
+    if kind in ("coco", "coco_panoptic_seg"):
+        evaluators.append(
+            FastCOCOEvaluator(name, output_dir=output_dir, backend=cfg.TEST.COCO_BACKEND)
+        )
+    if kind == "coco_panoptic_seg":
+        evaluators.append(COCOPanopticEvaluator(name, output_dir))
+    if not evaluators:
+        raise UserError(
+            f"data set {name} has evaluator_type {kind!r}: known are coco, coco_panoptic_seg, "
+            f"sem_seg, lvis, {', '.join(single)}"
+        )
+    return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
