@@ -42,7 +42,7 @@ class Predictor(DefaultPredictor):
         cfg.defrost()
         cfg.MODEL.WEIGHTS = ""
         super().__init__(cfg)
-        Trainer.build_checkpointer(cfg, self.model).load(weights)
+        Trainer.build_checkpointer(cfg, self.model).load_to_evaluate(weights, resume=False)
         names = cfg.DATASETS.TEST or cfg.DATASETS.TRAIN
         if names and names[0] in DatasetCatalog.list():
             DatasetCatalog.get(names[0])  # loading it fills in the names of its classes
