@@ -6,8 +6,8 @@ The first tables come from a hierarchical normal model of AP (interval.py): a va
 norm's mean, what the seed did, what the image did to the norm and what it did to the run; "AP" is
 the mean over 200 images, and resamples are means over 200 random halves. Lengths are half-lengths
 relative to 1.96 true standard errors, the shortest that an interval with 95 % coverage can have.
-"today" is the formula of the first version: Welch-Satterthwaite, each norm's own spread, a single
-run borrows that of the other norm.
+"first" is the formula of the first version: each norm's own spread, Satterthwaite's degrees of
+freedom, and a single run that borrows the spread of the other norm.
 
 The last table simulates detectors and runs COCO's evaluation on them:
 
@@ -187,7 +187,7 @@ def compared(conditions: Sequence[Sequence[Norm]], units: int) -> List[List[Diff
     ]
 
 
-def today(a: Norm, b: Norm, units: int = IMAGES) -> Tuple[float, float]:
+def first_version(a: Norm, b: Norm, units: int = IMAGES) -> Tuple[float, float]:
     """Half-length of the first version's 95 % interval, and its p-value."""
     half = units // 2
     scale = half / (units - half)
@@ -209,7 +209,7 @@ def today(a: Norm, b: Norm, units: int = IMAGES) -> Tuple[float, float]:
 
 
 def coverage(report: Report, repetitions: int) -> Dict[str, float]:
-    """Coverage and relative half-length, of this version (NaN: no interval) and today's."""
+    """Coverage and relative half-length, of this version (NaN: no interval) and the first."""
     rng = np.random.default_rng(0)
     rows = []
     for _ in range(repetitions):
@@ -222,7 +222,7 @@ def coverage(report: Report, repetitions: int) -> Dict[str, float]:
                 oracle = 1.96 * np.sqrt(variances[0] + variance)
                 error = abs(d.delta - report.effect)
                 reach = (d.ci95[1] - d.ci95[0]) / 2 if d.ci95 else np.nan
-                old, _ = today(norms[0], other)
+                old, _ = first_version(norms[0], other)
                 rows.append((error < reach, reach / oracle, error < old, old / oracle))
     covered, length, old_covered, old_length = np.mean(rows, axis=0)
     if np.isnan(length):
@@ -239,7 +239,7 @@ def times(value: float) -> str:
 
 
 def print_coverage(repetitions: int) -> None:
-    print("| runs | covered | length | today: covered | length |\n|---|---|---|---|---|")
+    print("| runs | covered | length | first: covered | length |\n|---|---|---|---|---|")
     for report in REPORTS:
         found = coverage(report, repetitions)
         name = f"*{report.name}*" if report.limit else report.name
@@ -277,13 +277,15 @@ def looks(report: Report, plan: Plan, repetitions: int) -> Tuple[float, float, f
     return tuple(np.mean(ends, axis=0))
 
 
-def old_looks(report: Report, last: int, repetitions: int) -> float:
+def looks_after_every_run(report: Report, last: int, repetitions: int) -> float:
     """Share of false verdicts if one looks after every seed from 2 on and stops at p < 0.05."""
     rng = np.random.default_rng(1)
     false = 0
     for _ in range(repetitions):
         ((norms, _),) = draw(rng, report)
-        false += any(today(*(n.first(k) for n in norms))[1] < 0.05 for k in range(2, last + 1))
+        false += any(
+            first_version(*(n.first(k) for n in norms))[1] < 0.05 for k in range(2, last + 1)
+        )
     return false / repetitions
 
 
@@ -306,14 +308,14 @@ def print_looks(repetitions: int) -> None:
     ):  # fmt: skip
         differs, same, _, runs = looks(report, plan, repetitions)
         print(f"| {report.name} | {differs:.1%} | {same:.1%} | {runs:.1f} |", flush=True)
-    share = old_looks(no_effect, plan.max_seeds, repetitions)
-    print(f"\nToday's interval, looked at after every run from 2 to 12 a norm: {share:.1%} false.")
+    share = looks_after_every_run(no_effect, plan.max_seeds, repetitions)
+    print(f"\nThe first version, looked at after every run from 2 to 12 a norm: {share:.1%} false.")
 
 
 def print_power(repetitions: int) -> None:
     print("\nTwo norms that differ by 3 AP, 5 runs each:\n")
     print(
-        "| spread over seeds | images | better | mean half-length | today: p < 0.05 | half-length |"
+        "| spread over seeds | images | better | mean half-length | first: p < 0.05 | half-length |"
     )
     print("|---|---|---|---|---|---|")
     for spread, images in ((0.25, 0.25), (1.1, 0.5), (1.5, 0.5), (1.8, 0.5)):
@@ -322,7 +324,7 @@ def print_power(repetitions: int) -> None:
         for _ in range(repetitions):
             ((norms, _),) = draw(rng, report)
             (((d,),)) = compared([norms], IMAGES)
-            old, p = today(*norms)
+            old, p = first_version(*norms)
             low, high = d.ci95
             rows.append((d.verdict() is Verdict.BETTER, (high - low) / 2, p < 0.05, old))
         better, reach, old_better, old_reach = np.mean(rows, axis=0)
@@ -458,7 +460,7 @@ def simulate(kind, runs, spread, truth, sets) -> Dict[str, float]:
             replicates = np.array([s.replicates[:, column] for s in scores])
             norms.append(Norm(np.array([s.table["AP"] for s in scores]), replicates, replicates))
         (((d,),)) = compared([norms], IMAGES)
-        old, _ = today(*norms)
+        old, _ = first_version(*norms)
         error, reach = abs(d.delta - truth), (d.ci95[1] - d.ci95[0]) / 2
         rows.append((error < reach, reach, error < old, old))
     return dict(zip(("covered", "length", "old", "old length"), np.mean(rows, axis=0)))
@@ -468,7 +470,7 @@ def print_detectors(sets: int) -> None:
     print(f"\nCOCO's evaluation of simulated detectors, {sets} data sets of {IMAGES} images a row")
     print("(half-lengths in AP):\n")
     print("| detector, runs, SD of quality over seeds | true difference | covered | half-length "
-          "| today: covered | half-length |\n|---|---|---|---|---|---|")  # fmt: skip
+          "| first: covered | half-length |\n|---|---|---|---|---|---|")  # fmt: skip
     truths: Dict[tuple, float] = {}
     for kind, runs, spread in SCENARIOS:
         if (kind, spread) not in truths:

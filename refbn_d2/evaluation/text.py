@@ -14,6 +14,8 @@ __all__ = [
 
 TITLES = {"bbox": "box", "segm": "mask"}
 MARKS = {Verdict.BETTER: "▲", Verdict.WORSE: "▼", Verdict.SAME: "≈", Verdict.UNDECIDED: "?"}
+# Fields of COCO images that may name what was drawn as a whole.
+CLUSTER_FIELDS = ("video", "camera", "site", "group")
 # Table 3 of the paper (SPEC: Luo et al. 2020): AP, AP50, AP75 of boxes, then of masks.
 PAPER_TABLE = {
     "BN": (36.5, 56.8, 40.6, 32.4, 53.3, 34.3),
@@ -30,12 +32,12 @@ def number(value: Optional[float]) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:.1f}"
 
 
-def signed(value: Optional[float]) -> str:
+def signed(value: Optional[float], digits: int = 2) -> str:
     # A difference that rounds to zero has no sign to show.
     if value is None or math.isnan(value):
         return "–"
-    rounded = round(value, 2)
-    return f"{rounded:+.2f}".replace("-", "−") if rounded else "0.00"
+    rounded = round(value, digits)
+    return f"{rounded:+.{digits}f}".replace("-", "−") if rounded else f"{0:.{digits}f}"
 
 
 def interval(d: Difference) -> str:
@@ -89,8 +91,12 @@ def verdict_text(comparison: Comparison, label: str) -> str:
             f"interval {inner} lies within ±{comparison.margin:g}."
         )
     if verdict is Verdict.UNDECIDED:
-        largest = max(map(abs, d.interval(simultaneous=True) or (math.nan,)))
-        excluded = "" if math.isnan(largest) else f" Effects beyond {largest:.1f} AP are excluded."
+        ends = d.interval(simultaneous=True)
+        excluded = (
+            f" Effects beyond {signed(ends[0], 1)} and {signed(ends[1], 1)} AP are excluded."
+            if ends
+            else ""
+        )
         return f"Undecided whether {label} differs from {base} in {ap}: {found}.{excluded}"
     text = f"{label} is {verdict.value} than {base} in {ap}: {found}."
     if max(map(abs, d.interval(simultaneous=True))) < comparison.margin:
@@ -134,8 +140,12 @@ def _budget(d: Difference, comparison: Comparison) -> str:
         return "unknown, since one run shows no spread over seeds."
     units = "clusters" if comparison.cluster else "images"
     total = d.se**2
-    shares = {"seeds": d.seeds, units: d.images, f"seeds and {units} together": d.run_by_image}
-    budget = ", ".join(f"{v / total:.0%} {name}" for name, v in shares.items() if total > 0)
+    shares = {
+        "seeds": d.seeds,
+        units: d.images,
+        "what a seed does on single images": d.run_by_image,
+    }
+    budget = ", ".join(f"{v / total:.0%} {name}" for name, v in shares.items())
     now, runs, images = d.reach_with(), d.reach_with(more_runs=2), d.reach_with(more_images=2)
     advice = "more runs" if runs < images else f"more {units}"
     return (
@@ -153,11 +163,19 @@ def _needed(needed: RunsNeeded, units: str) -> str:
     return f"{needed.estimate:,} runs ({needed.low:,} to {high})"
 
 
+def _possible_clusters(comparison: Comparison) -> str:
+    images = comparison.gt.dataset["images"]
+    found = [k for k in CLUSTER_FIELDS if images and all(k in image for image in images)]
+    if not found:
+        return ""
+    return f" (if those of one {found[0]} were taken together, use --cluster {found[0]})"
+
+
 def model_text(comparison: Comparison) -> str:
     """The statistical model in one paragraph."""
     count = len(comparison.differences)
     drawn = f"{len(comparison.gt.sizes)} images"
-    independent = "and dependence between images"
+    independent = "and dependence between images" + _possible_clusters(comparison)
     if comparison.cluster:
         drawn = f"{comparison.units} clusters ({comparison.cluster}) of the {drawn}"
         independent = "and dependence between clusters"

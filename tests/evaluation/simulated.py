@@ -40,7 +40,7 @@ def comparison(
         }
         groups[name] = Group(name, runs, None if name == baseline else baseline, scores)
     made = Comparison(
-        gt=SimpleNamespace(sizes={n: (9, 9) for n in range(IMAGES)}),
+        gt=SimpleNamespace(sizes={n: (9, 9) for n in range(IMAGES)}, dataset={"images": []}),
         iou_types=["bbox", "segm"],
         baseline=baseline,
         resamples=40,

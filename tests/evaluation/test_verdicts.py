@@ -38,7 +38,7 @@ def test_one_sentence_a_verdict(other, mark, words):
 def test_undecided_says_what_is_excluded():
     made = comparison({"BN": BN, "X": [20.0, 40, 25, 35, 31]})
     low, high = made.primary_difference("X").ci95
-    assert f"Effects beyond {max(-low, high):.1f} AP are excluded." in only(made)["text"]
+    assert f"Effects beyond −{-low:.1f} and +{high:.1f} AP are excluded." in only(made)["text"]
 
 
 def test_a_difference_below_the_margin_is_called_small():
@@ -123,6 +123,8 @@ def test_clusters_come_from_a_field_of_the_images(files):
     made = compare(runs, files["gt"], ["bbox"], None, 20, 0, cluster="video")
     assert made.units == 4 and made.primary_difference("B").units == 4
     assert "4 clusters (video) of the 12 images" in model_text(made)
+    plain = compare(runs, files["gt"], ["bbox"], None, 20, 0)
+    assert plain.units == 12 and "use --cluster video" in model_text(plain)
     with pytest.raises(UserError, match="no field 'group'"):
         compare(runs, files["gt"], ["bbox"], None, 20, 0, cluster="group")
 
