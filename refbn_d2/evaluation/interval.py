@@ -14,10 +14,10 @@ delta of the means over seeds. With k_X runs of norm X its variance is
 *Images.* Each resample draws half of the images without replacement and scores all runs on them.
 For m of n images the variance of a statistic over such subsets, times m / (n - m), estimates its
 variance over data sets (the delete-d jackknife; to first order the bootstrap's, and valid for
-statistics less smooth than the bootstrap asks for). Images that belong together, as the frames of
-a video, are drawn together: m and n then count clusters. hotcoco's own ``compare`` draws images
-with replacement but counts each once. Its subsets hold 63 % of the images and its standard error is
-1 / sqrt(e - 1) = 0.76 of the right one: that interval is too short, and is not used.
+statistics less smooth than the bootstrap asks for). Images that belong together, such as the
+frames of a video, are drawn together: m and n then count clusters. hotcoco's own ``compare`` draws
+images with replacement but counts each once. Its subsets hold 63 % of the images and its standard
+error is 1 / sqrt(e - 1) = 0.76 of the right one: that interval is too short, and is not used.
 
 *Seeds.* The spread of AP over the runs of a norm, s_X^2, estimates Var(S_X) + Var(T_X). Where both
 norms have the same number of runs k it is pooled: s^2 = (s_A^2 + s_B^2) / 2 with 2 (k - 1) degrees
@@ -28,7 +28,7 @@ them, as limma's squeezeVar does (Smyth 2004): the true variances are taken to s
 common s_0^2 like s_0^2 d_0 / chi^2(d_0), with s_0^2 and d_0 fitted to the log s^2; then
 (d_0 s_0^2 + d s^2) / (d_0 + d) has d_0 + d degrees of freedom, but at most those of all runs
 together. Unlike limma's, an s^2 is raised by this and never lowered: a condition whose runs scatter
-more than the others', as a norm near divergence, keeps its own spread.
+more than those of the others, such as a norm near divergence, keeps its own spread.
 
 *Together.* The resamples alone estimate Var(T), as the variance of a run about its norm's mean over
 runs. Hence Var(T) is not counted twice, and the spread over seeds is never taken to be less than
@@ -83,6 +83,7 @@ MARGIN = 0.5  # AP; smaller differences count as none in practice
 MAX_SEEDS = 10_000
 # Comparisons from which on spreads are moderated: a distribution cannot be fitted to two.
 _MODERATED_FROM = 3
+_NEGLIGIBLE = 1e-5  # of the median variance, as in limma
 
 Interval = Tuple[float, float]
 
@@ -289,8 +290,8 @@ def half_samples(
         image_ids: of the whole data set.
         resamples: number of halves.
         seed: of the draw.
-        clusters: what each image belongs to, as its video; whole clusters are drawn then, half of
-            them (rounded down). None: each image is a cluster.
+        clusters: what each image belongs to, such as its video; half of the clusters, rounded
+            down, are then drawn as a whole. None: each image is a cluster.
 
     Returns:
         ``resamples`` sorted lists of ids.
@@ -350,14 +351,15 @@ def _pooled(base: np.ndarray, other: np.ndarray) -> Optional[Spread]:
 def moderated(spreads: Sequence[Spread], total_df: float) -> List[Spread]:
     """Spreads that learn from their common distribution (Smyth 2004, limma's squeezeVar).
 
-    None is lowered. Fewer than three, or fewer than three above 0, are returned as they are.
+    None is lowered. Fewer than three that are above 0 are returned as they are.
 
     Args:
         spreads: independent or nearly so, as of the comparisons in a report.
         total_df: degrees of freedom of all runs behind them, each run counted once.
     """
-    # A norm that failed in the same way in all runs has no logarithm, and is not typical.
-    fitted = [s for s in spreads if s.variance > 0]
+    # A norm that failed in the same way in all runs is not typical, and 0 has no logarithm.
+    typical = np.median([s.variance for s in spreads]) if spreads else 0.0
+    fitted = [s for s in spreads if s.variance > _NEGLIGIBLE * typical]
     if len(fitted) < _MODERATED_FROM:
         return list(spreads)
     half_df = np.array([s.df for s in fitted]) / 2
@@ -473,7 +475,7 @@ def seeds_needed(spread: float, effect: float = EFFECT, image_se: float = 0.0) -
             the runs; 0 asks about these very images.
 
     Returns:
-        at least 2; None if no number up to MAX_SEEDS will do, as where images limit.
+        at least 2; None if no number up to MAX_SEEDS will do, for instance because images limit.
     """
 
     def power(k: int) -> float:
