@@ -1,14 +1,18 @@
-"""The keys of MODEL.REFBN, loading a config file safely, and giving a model what it says."""
+"""This package's config keys, loading a config file safely, and giving a model what it says."""
 
 import difflib
 import itertools
 import math
+import os
 import re
-from typing import Callable, List, Optional
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, Iterator, List, Optional
+from unittest import mock
 
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
-from detectron2.utils.file_io import PathManager
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from fvcore.common.config import BASE_KEY
 from torch import nn
 
@@ -16,62 +20,197 @@ from .errors import UserError
 from .io import yaml as plain_yaml
 from .norms.table import configure
 
-__all__ = ["add_refbn_config", "apply_norm_config", "load_config"]
+__all__ = [
+    "KEYS",
+    "Key",
+    "add_refbn_config",
+    "apply_norm_config",
+    "keys_table",
+    "load_config",
+    "register_datasets",
+]
 
 # A chain of _BASE_ is a few files long; one that leads back to itself has no end.
 _MAX_FILES = 50
 
 
+@dataclass(frozen=True)
+class Range:
+    """The values that a key may have.
+
+    Attributes:
+        text: what comes behind "use" in an error, and into the documentation.
+        holds: whether a value, of the default's type, is one of them.
+    """
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+def _between(low: float, high: float, text: str) -> Range:
+    """Finite numbers from ``low`` to ``high``, both included."""
+    return Range(text, lambda value: low <= value <= high and math.isfinite(value))
+
+
+def _one_of(*values: str) -> Range:
+    return Range(" or ".join(f'"{v}"' for v in values), lambda value: value in values)
+
+
+_COUNT = _between(0, math.inf, "a whole number >= 0")
+_SEED = _between(0, 2**32 - 1, "a whole number >= 0 and below 2^32")
+_ANY_TEXT = Range("text", lambda value: True)
+_TRUTH = Range("True or False", lambda value: True)
+
+
+@dataclass(frozen=True)
+class Key:
+    """One config key: all that the package says about it.
+
+    Attributes:
+        name: its path in the config, with dots.
+        default: its default value, which also fixes its type.
+        range: the values it may have.
+        doc: what it does, as one or more sentences of Markdown.
+    """
+
+    name: str
+    default: Any
+    range: Range
+    doc: str
+
+
+KEYS: List[Key] = [
+    Key(
+        "MODEL.REFBN.PSEUDO_COUNT",
+        1.0,
+        _between(0, math.inf, "a finite number >= 0"),
+        "Weight k of the reference in samples: lambda1 = k / (N + k). The paper's is 1; 0 is "
+        "BatchNorm.",
+    ),
+    Key(
+        "MODEL.REFBN.REFERENCE.SEED",
+        0,
+        _SEED,
+        "Which training images, with which augmentation, are the reference batch. It is separate "
+        "from `SEED`, so that runs with different seeds can share a reference and runs with one "
+        "seed can differ in it.",
+    ),
+    Key(
+        "MODEL.REFBN.REFERENCE.NUM_IMAGES",
+        0,
+        _COUNT,
+        "Size of the reference batch in images, over all processes; 0 is `SOLVER.IMS_PER_BATCH`.",
+    ),
+    Key(
+        "MODEL.REFBN.REFERENCE.REFRESH_PERIOD",
+        0,
+        _COUNT,
+        "Take the reference again from the same images every so many iterations, as the network "
+        "learns. 0 never does (the paper's text), 1 is the literal reading of its Algorithm 2.",
+    ),
+    Key(
+        "SOLVER.CHECKPOINT_MAX_TO_KEEP",
+        3,
+        _COUNT,
+        "How many of the newest checkpoints stay on the disk, besides the final one; 0 keeps all.",
+    ),
+    Key(
+        "DATALOADER.GROUPING_STRENGTH",
+        0.0,
+        _between(0, 1, "0 to 1"),
+        "With `SAMPLER_TRAIN: GroupedTrainingSampler`: the share of a batch that comes from one "
+        "group of images, 0 (i.i.d.) to 1.",
+    ),
+    Key(
+        "DATALOADER.GROUP_FIELD",
+        "",
+        _ANY_TEXT,
+        "With `SAMPLER_TRAIN: GroupedTrainingSampler`: the field of a COCO image (or of a dataset "
+        "dict) that says which group it belongs to, e.g. `camera`, `site` or `video`. By default "
+        "the field `group` (or `style`) where the images have it, else the category with the most "
+        "objects in the image.",
+    ),
+    Key(
+        "TEST.COCO_BACKEND",
+        "hotcoco",
+        _one_of("hotcoco", "pycocotools"),
+        "What computes AP: `hotcoco` (seconds) or `pycocotools` (minutes on COCO val); both give "
+        "the same numbers.",
+    ),
+    Key(
+        "MODEL.CLASSIFIER.NUM_CLASSES",
+        1000,
+        _COUNT,
+        "Classes of `ImageClassifier` and `TorchvisionClassifier`.",
+    ),
+    Key(
+        "MODEL.CLASSIFIER.LABEL_SMOOTHING",
+        0.0,
+        Range("0 to less than 1", lambda value: 0 <= value < 1),
+        "The share of each label that the loss spreads over all classes.",
+    ),
+    Key(
+        "MODEL.CLASSIFIER.NETWORK",
+        "resnet50",
+        _ANY_TEXT,
+        "Of `TorchvisionClassifier`: `lenet5`, `vgg16_32x32`, the name of one of torchvision's "
+        "classifiers, or `timm/` and the name of one of timm's.",
+    ),
+    Key(
+        "MODEL.CLASSIFIER.NORM",
+        "BN",
+        _ANY_TEXT,
+        "Takes the place of each BatchNorm of the network; empty text leaves none.",
+    ),
+    Key(
+        "MODEL.CLASSIFIER.CHANNELS_LAST",
+        False,
+        _TRUTH,
+        "Pixels before channels in memory: faster with `SOLVER.AMP.ENABLED` on a GPU.",
+    ),
+]
+
+# Ranges of detectron2's own keys that it does not check.
+_UPSTREAM_RANGES = {
+    "SEED": _between(-1, 2**31 - 1, "a whole number >= 0, or -1 for a random one"),
+}
+
+
 def add_refbn_config(cfg: CN) -> None:
-    """Adds the keys of this package to a detectron2 config. NORM "RefBN" turns RefBN on.
+    """Adds the keys of this package (KEYS) to a detectron2 config. NORM "RefBN" turns RefBN on.
 
     A norm is built without seeing the config: MODEL.REFBN reaches it through
     ``refbn_d2.engine.Trainer``, or :func:`apply_norm_config` in a trainer of your own.
     """
-    _C = cfg
-    _C.MODEL.REFBN = CN()
-    # Weight of the reference in samples: lambda1 = k / (N + k). The paper's is 1; 0 is BatchNorm.
-    _C.MODEL.REFBN.PSEUDO_COUNT = 1.0
+    for key in KEYS:
+        node, (*parents, name) = cfg, key.name.split(".")
+        for parent in parents:
+            if parent not in node:
+                node[parent] = CN()
+            node = node[parent]
+        node[name] = key.default
+    # Data sets by name: see register_datasets.
+    cfg.DATASETS.REGISTER = CN(new_allowed=True)
 
-    _C.MODEL.REFBN.REFERENCE = CN()
-    # Which training images (and augmentations) are the reference batch. A seed of its own, so that
-    # runs with different SEED can share a reference and runs with one SEED can differ in it.
-    _C.MODEL.REFBN.REFERENCE.SEED = 0
-    # Size of the reference batch in images, over all processes; 0 is SOLVER.IMS_PER_BATCH.
-    _C.MODEL.REFBN.REFERENCE.NUM_IMAGES = 0
-    # Take the reference again from the same images every so many iterations, as the network learns;
-    # 0 never does (the paper's text), 1 is the literal reading of its Algorithm 2.
-    _C.MODEL.REFBN.REFERENCE.REFRESH_PERIOD = 0
 
-    # How many of the newest checkpoints stay on the disk, besides the final one; 0 keeps all.
-    _C.SOLVER.CHECKPOINT_MAX_TO_KEEP = 3
-
-    # For SAMPLER_TRAIN "GroupedTrainingSampler": the share of a batch that comes from one group
-    # (style or main category), 0 (i.i.d.) to 1.
-    _C.DATALOADER.GROUPING_STRENGTH = 0.0
-
-    # What computes AP: "hotcoco" (seconds) or "pycocotools" (minutes on COCO val), same numbers.
-    _C.TEST.COCO_BACKEND = "hotcoco"
-
-    # Of the meta-architectures ImageClassifier and TorchvisionClassifier.
-    _C.MODEL.CLASSIFIER = CN()
-    _C.MODEL.CLASSIFIER.NUM_CLASSES = 1000
-    # The share of each label that the loss spreads over all classes, in [0, 1).
-    _C.MODEL.CLASSIFIER.LABEL_SMOOTHING = 0.0
-    # Of TorchvisionClassifier: "lenet5", "vgg16_32x32", or the name of one of torchvision's
-    # classifiers, or "timm/" and that of one of timm.
-    _C.MODEL.CLASSIFIER.NETWORK = "resnet50"
-    # Takes the place of each BatchNorm of the network; "" leaves none.
-    _C.MODEL.CLASSIFIER.NORM = "BN"
-    # Pixels before channels in memory: faster with SOLVER.AMP.ENABLED on a GPU.
-    _C.MODEL.CLASSIFIER.CHANNELS_LAST = False
+def keys_table() -> str:
+    """The documentation of KEYS as a Markdown table."""
+    rows = ["| key | default | values | |", "|---|---|---|---|"]
+    for key in KEYS:
+        default = f'"{key.default}"' if isinstance(key.default, str) else key.default
+        rows.append(f"| `{key.name}` | `{default}` | {key.range.text} | {key.doc} |")
+    return "\n".join(rows)
 
 
 def load_config(path: str, opts: Optional[List[str]] = None) -> CN:
     """Reads a YAML file and ``KEY VALUE`` overrides into a detectron2 config with RefBN's keys.
 
     Unlike detectron2's default, Python object tags in the YAML (or its ``_BASE_``) are refused:
-    they would run code.
+    they would run code. Data sets of DATASETS.REGISTER are known by their names afterwards.
+
+    Args:
+        path: the file; "" for the defaults.
+        opts: keys and values in turn.
 
     Raises:
         UserError: the file is missing or not plain YAML, a key is unknown, a value is bad.
@@ -79,9 +218,12 @@ def load_config(path: str, opts: Optional[List[str]] = None) -> CN:
     cfg = get_cfg()
     add_refbn_config(cfg)
     if path:
-        _check_files(path)
-        _merge(cfg, path, lambda: cfg.merge_from_file(path, allow_unsafe=False))
+        content = _read_with_bases(path, path, itertools.count(1))
+        # merge_from_file also brings configs of older versions up to date; its reader runs code.
+        with mock.patch.object(CN, "load_yaml_with_base", lambda *_, **__: content):
+            _merge(cfg, path, lambda: cfg.merge_from_file(path))
     _merge(cfg, "on the command line", lambda: cfg.merge_from_list(opts or []))
+    register_datasets(cfg)
     return cfg
 
 
@@ -101,31 +243,47 @@ def _merge(cfg: CN, where: str, merge: Callable[[], None]) -> None:
         raise UserError(f"{where}: {_explained(cfg, message)}") from None
 
 
-def _check_files(path: str) -> None:
-    """Raises a UserError unless ``path`` and all that its ``_BASE_`` leads to are plain YAML."""
-    count = itertools.count(1)
+def _read_with_bases(path: str, first: str, count: Iterator[int]) -> Dict[str, Any]:
+    """The content of a config file over that of its ``_BASE_``, each file read once.
 
-    class Reader(CN):
-        @classmethod
-        def _open_cfg(cls, filename: str):
-            if next(count) > _MAX_FILES:
-                raise UserError(f"{path}: its _BASE_ leads back to itself, or to too many files")
-            try:
-                _check_file(filename)
-            except UserError as e:
-                raise UserError(f"{path}: {e}" if filename != path else str(e)) from None
-            return super()._open_cfg(filename)
+    Args:
+        path: the file.
+        first: the file that the user named, for errors.
+        count: counts the files.
+    """
+    try:
+        if "://" in path:
+            raise UserError(f"{path}: is not on this machine: download it, and use its path")
+        if next(count) > _MAX_FILES:
+            raise UserError(f"{BASE_KEY} leads back to itself, or to too many files")
+        content = plain_yaml.read(path)
+        if not isinstance(content, dict):
+            raise UserError(f"{path}: is no config, but a {type(content).__name__}")
+        bases = content.pop(BASE_KEY, [])
+        bases = bases if isinstance(bases, list) else [bases]
+        if not all(isinstance(b, str) for b in bases):
+            raise UserError(f"{path}: {BASE_KEY} is {bases!r}: use the path of a config")
+        _make_paths_absolute(content, path)
+    except UserError as e:
+        raise UserError(f"{first}: {e}" if first not in str(e) else str(e)) from None
+    merged: Dict[str, Any] = {}
+    for base in bases:
+        # Relative to the file that names it; join keeps an absolute path as it is.
+        inner = os.path.join(os.path.dirname(path), os.path.expanduser(base))
+        _put_over(_read_with_bases(base if "://" in base else inner, first, count), merged, first)
+    _put_over(content, merged, first)
+    return merged
 
-    Reader.load_yaml_with_base(path)
 
-
-def _check_file(path: str) -> None:
-    content = plain_yaml.read(PathManager.get_local_path(path))
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: is no config, but a {type(content).__name__}")
-    bases = content.get(BASE_KEY, "")
-    if not all(isinstance(b, str) for b in (bases if isinstance(bases, list) else [bases])):
-        raise UserError(f"{path}: {BASE_KEY} is {bases!r}: use the path of a config")
+def _put_over(content: Dict[str, Any], base: Dict[str, Any], where: str) -> None:
+    """Puts the values of a config over those of its base, in place."""
+    for key, value in content.items():
+        if isinstance(value, dict) and key in base:
+            if not isinstance(base[key], dict):
+                raise UserError(f"{where}: {key} is a section, and a value in its {BASE_KEY}")
+            _put_over(value, base[key], where)
+        else:
+            base[key] = value
 
 
 def _explained(cfg: CN, message: str) -> str:
@@ -140,7 +298,7 @@ def _explained(cfg: CN, message: str) -> str:
     return f"unknown config key {found[1]}" + (f"; did you mean {close[0]}?" if close else "")
 
 
-def _flat_keys(node: CN, prefix: str = ""):
+def _flat_keys(node: CN, prefix: str = "") -> Iterator[str]:
     for key, value in node.items():
         yield prefix + key
         if isinstance(value, CN):
@@ -148,34 +306,68 @@ def _flat_keys(node: CN, prefix: str = ""):
 
 
 def _check(cfg: CN) -> None:
-    refbn, reference = cfg.MODEL.REFBN, cfg.MODEL.REFBN.REFERENCE
-    if not (math.isfinite(refbn.PSEUDO_COUNT) and refbn.PSEUDO_COUNT >= 0):
-        raise UserError(
-            f"MODEL.REFBN.PSEUDO_COUNT is {refbn.PSEUDO_COUNT}: use a finite number >= 0"
-        )
-    if not -1 <= cfg.SEED < 2**31:
-        raise UserError(f"SEED is {cfg.SEED}: use a whole number >= 0, or -1 for a random one")
-    if not 0 <= cfg.MODEL.CLASSIFIER.LABEL_SMOOTHING < 1:
-        raise UserError(
-            f"MODEL.CLASSIFIER.LABEL_SMOOTHING is {cfg.MODEL.CLASSIFIER.LABEL_SMOOTHING}: "
-            "use 0 to less than 1"
-        )
+    for name, allowed in {**{key.name: key.range for key in KEYS}, **_UPSTREAM_RANGES}.items():
+        value = cfg
+        for part in name.split("."):
+            value = value[part]
+        if not allowed.holds(value):
+            shown = repr(value) if isinstance(value, str) else value
+            raise UserError(f"{name} is {shown}: use {allowed.text}")
     if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":
         raise UserError("SOLVER.AMP.ENABLED is True: it needs a GPU; without, set it to False")
-    if not 0 <= cfg.DATALOADER.GROUPING_STRENGTH <= 1:
-        raise UserError(
-            f"DATALOADER.GROUPING_STRENGTH is {cfg.DATALOADER.GROUPING_STRENGTH}: use 0 to 1"
-        )
-    if cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP < 0:
-        raise UserError(
-            f"SOLVER.CHECKPOINT_MAX_TO_KEEP is {cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP}: use a whole "
-            "number >= 0"
-        )
-    for key in ("SEED", "NUM_IMAGES", "REFRESH_PERIOD"):
-        if not 0 <= reference[key] < 2**32:
+    for name, entry in cfg.DATASETS.REGISTER.items():
+        if not isinstance(entry, dict) or sorted(entry) != sorted(_ENTRY):
             raise UserError(
-                f"MODEL.REFBN.REFERENCE.{key} is {reference[key]}: use a whole number >= 0"
+                f"DATASETS.REGISTER.{name} is {entry!r}: use {{JSON: annotations in COCO format, "
+                "IMAGES: the folder that its file names are in}}"
             )
+        for key in _ENTRY:
+            if not isinstance(entry[key], str) or not entry[key]:
+                raise UserError(f"DATASETS.REGISTER.{name}.{key} is {entry[key]!r}: use a path")
+
+
+_ENTRY = ("JSON", "IMAGES")
+
+
+def _make_paths_absolute(content: Dict[str, Any], path: str) -> None:
+    """Makes the paths of DATASETS.REGISTER relative to the file that has them, as _BASE_ is."""
+    datasets = content.get("DATASETS")
+    entries = datasets.get("REGISTER") if isinstance(datasets, dict) else None
+    for entry in entries.values() if isinstance(entries, dict) else ():
+        for key in _ENTRY if isinstance(entry, dict) else ():
+            if isinstance(entry.get(key), str) and entry[key]:
+                inner = os.path.expanduser(os.path.expandvars(entry[key]))
+                entry[key] = os.path.abspath(os.path.join(os.path.dirname(path), inner))
+
+
+def register_datasets(cfg: CN) -> None:
+    """Makes the data sets of DATASETS.REGISTER known to detectron2 under their names.
+
+    Each process of a run needs this once. A name that an earlier config registered with other
+    files now stands for those of ``cfg``.
+
+    Raises:
+        UserError: a name is that of a data set that did not come from a config.
+    """
+    for name, entry in cfg.DATASETS.REGISTER.items():
+        paths = tuple(entry[key] for key in _ENTRY)
+        if name in DatasetCatalog.list():
+            before = _REGISTERED.get(name)
+            if before is None or before[1] is not DatasetCatalog[name]:
+                raise UserError(
+                    f"DATASETS.REGISTER.{name}: a data set of this name exists already; choose "
+                    "another name"
+                )
+            if before[0] == paths:
+                continue
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+        register_coco_instances(name, {}, *paths)
+        _REGISTERED[name] = paths, DatasetCatalog[name]
+
+
+# What register_datasets has registered: name -> (paths, the function in the catalog).
+_REGISTERED: Dict[str, Any] = {}
 
 
 def apply_norm_config(model: nn.Module, cfg: CN) -> nn.Module:

@@ -1,8 +1,12 @@
-"""Mistakes of a user: reported on one line, never with a traceback."""
+"""Mistakes of a user: reported on one line, without a traceback.
+
+With REFBN_DEBUG=1 in the environment every error keeps its traceback.
+"""
 
 import errno
 import functools
 import logging
+import os
 import re
 import sys
 from typing import Callable, Optional
@@ -18,11 +22,17 @@ class _NoTraceback(logging.Filter):
     """Puts the line for the user in place of the traceback (TrainerBase logs every exception)."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        message = _user_message(record.exc_info[1]) if record.exc_info else None
+        message = None
+        if record.exc_info and not _debugging():
+            message = _user_message(record.exc_info[1])
         if message is not None:
             record.msg, record.args = f"{record.getMessage().strip()} {message}", ()
             record.exc_info = record.exc_text = None
         return True
+
+
+def _debugging() -> bool:
+    return os.getenv("REFBN_DEBUG", "0") not in ("", "0")
 
 
 def _user_message(error: BaseException) -> Optional[str]:
@@ -59,7 +69,10 @@ def quiet_user_errors() -> None:
 
 
 def one_line_errors(main: Callable) -> Callable:
-    """Makes the command ``main`` end a user's mistake with one line and exit status 1."""
+    """Makes the command ``main`` end a user's mistake with one line and exit status 1.
+
+    With REFBN_DEBUG=1 in the environment the error is raised as it is.
+    """
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
@@ -68,7 +81,7 @@ def one_line_errors(main: Callable) -> Callable:
             return main(*args, **kwargs)
         except Exception as e:
             message = _user_message(e)
-            if message is None:
+            if message is None or _debugging():
                 raise
             print(f"error: {_shortened(message)}", file=sys.stderr)
             sys.exit(1)

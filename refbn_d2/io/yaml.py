@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from typing import Any, Dict
 
 import yaml
@@ -13,6 +14,44 @@ __all__ = ["read"]
 _MAX_CHARACTERS = 1_000_000
 # With every alias in place of what it stands for; nested ones grow exponentially.
 _MAX_VALUES = 100_000
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader without numbers to the base of 60, as in YAML 1.2: 1:30 is text.
+
+    PyYAML takes quadratic time for them.
+    """
+
+
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int",
+    re.compile(r"[-+]?(0b[01_]+|0x[\da-fA-F_]+|0[0-7_]+|0|[1-9][\d_]*)\Z"),
+    list("-+0123456789"),
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"([-+]?(\d[\d_]*\.[\d_]*(e[-+]\d+)?|\.\d[\d_]*(e[-+]\d+)?|\.inf)|\.nan)\Z", re.IGNORECASE
+    ),
+    list("-+0123456789."),
+)
+
+
+def _construct_number(loader: _Loader, node: yaml.Node) -> Any:
+    if ":" in loader.construct_scalar(node):
+        raise yaml.constructor.ConstructorError(
+            None, None, f"{node.value[:20]} is not a number", node.start_mark
+        )
+    return yaml.SafeLoader.yaml_constructors[node.tag](loader, node)
+
+
+for _tag in _NUMBERS:
+    _Loader.add_constructor(_tag, _construct_number)
 
 
 def read(path: str) -> Any:
@@ -30,9 +69,11 @@ def read(path: str) -> Any:
             text = f.read(_MAX_CHARACTERS + 1)
         if len(text) > _MAX_CHARACTERS:
             raise UserError(f"{path}: is no config, it has more than {_MAX_CHARACTERS} characters")
-        if _expanded_size(yaml.compose(text, yaml.SafeLoader), {}) > _MAX_VALUES:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if _expanded_size(node, {}) > _MAX_VALUES:
             raise UserError(f"{path}: is no config, its aliases expand beyond {_MAX_VALUES} values")
-        return yaml.safe_load(text)
+        return None if node is None else loader.construct_document(node)
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
