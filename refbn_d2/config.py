@@ -28,6 +28,7 @@ __all__ = [
     "keys_table",
     "load_config",
     "register_datasets",
+    "write_docs",
 ]
 
 # A chain of _BASE_ is a few files long; one that leads back to itself has no end.
@@ -202,6 +203,15 @@ def keys_table() -> str:
     return "\n".join(rows)
 
 
+def write_docs(path: str) -> None:
+    """Puts :func:`keys_table` between the two comments of docs/config.md that mark its place."""
+    with open(path, encoding="utf-8") as f:
+        head, rest = f.read().split("<!-- keys -->\n")
+    tail = rest.split("<!-- end of keys -->")[1]
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(f"{head}<!-- keys -->\n{keys_table()}\n<!-- end of keys -->{tail}")
+
+
 def load_config(path: str, opts: Optional[List[str]] = None) -> CN:
     """Reads a YAML file and ``KEY VALUE`` overrides into a detectron2 config with RefBN's keys.
 
@@ -259,10 +269,10 @@ def _read_with_bases(path: str, first: str, count: Iterator[int]) -> Dict[str, A
         content = plain_yaml.read(path)
         if not isinstance(content, dict):
             raise UserError(f"{path}: is no config, but a {type(content).__name__}")
-        bases = content.pop(BASE_KEY, [])
-        bases = bases if isinstance(bases, list) else [bases]
+        named = content.pop(BASE_KEY, [])
+        bases = named if isinstance(named, list) else [named]
         if not all(isinstance(b, str) for b in bases):
-            raise UserError(f"{path}: {BASE_KEY} is {bases!r}: use the path of a config")
+            raise UserError(f"{path}: {BASE_KEY} is {named!r}: use the path of a config")
         _make_paths_absolute(content, path)
     except UserError as e:
         raise UserError(f"{first}: {e}" if first not in str(e) else str(e)) from None

@@ -1,11 +1,14 @@
 """Loading a config: safely, and with errors that say what to mend."""
 
+import json
+
 import pytest
 import tiny
 from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from refbn_d2 import RefBatchNorm2d, add_refbn_config
-from refbn_d2.config import apply_norm_config, load_config
+from refbn_d2.config import KEYS, apply_norm_config, keys_table, load_config
 from refbn_d2.errors import UserError
 
 # Would write a file if it were run.
@@ -139,3 +142,106 @@ def test_protocol_a_freezes_every_norm_and_reads_pixels_as_its_pretraining():
         assert frozen.MODEL.PIXEL_STD == pretraining.MODEL.PIXEL_STD
         live = load_config(str(coco / f"Base-live-{length}.yaml"))
         assert frozen.SOLVER == live.SOLVER and frozen.MODEL.RPN == live.MODEL.RPN
+
+
+def test_the_documented_table_is_that_of_the_code():
+    page = (tiny.ROOT / "docs/config.md").read_text()
+    table = page.split("<!-- keys -->\n")[1].split("\n<!-- end of keys -->")[0]
+    assert table == keys_table()
+    defaults = load_config("")
+    for key in KEYS:
+        assert f"| `{key.name}` |" in page and key.range.holds(key.default)
+        value = defaults
+        for part in key.name.split("."):
+            value = value[part]
+        assert value == key.default and type(value) is type(key.default)
+
+
+def test_each_file_is_opened_once(tmp_path, monkeypatch):
+    _write(tmp_path / "base.yaml", "SEED: 1\n")
+    middle = _write(tmp_path / "middle.yaml", "_BASE_: base.yaml\nSOLVER: {MAX_ITER: 7}\n")
+    leaf = _write(tmp_path / "leaf.yaml", f"_BASE_: [{middle}]\n")
+    opened = []
+
+    def counting(file, *args, **kwargs):
+        opened.append(str(file))
+        return original(file, *args, **kwargs)
+
+    original = open
+    monkeypatch.setattr("builtins.open", counting)
+    cfg = load_config(leaf)
+    assert cfg.SEED == 1 and cfg.SOLVER.MAX_ITER == 7
+    names = [name.rsplit("/", 1)[-1] for name in opened if name.endswith(".yaml")]
+    assert sorted(names) == ["base.yaml", "leaf.yaml", "middle.yaml"]
+
+
+def test_an_old_config_is_brought_up_to_date(tmp_path):
+    """What detectron2 does with version 1: a key that has another name today."""
+    old = "VERSION: 1\nMODEL: {WEIGHT: a.pkl}\n"
+    assert load_config(_write(tmp_path / "old.yaml", old)).MODEL.WEIGHTS == "a.pkl"
+
+
+@pytest.fixture
+def own_names():
+    yield
+    for name in ("mine_train", "mine_val"):
+        for catalog in (DatasetCatalog, MetadataCatalog):
+            if name in catalog.list():
+                catalog.remove(name)
+
+
+def _register(name, json_file, images="."):
+    return (
+        f"DATASETS:\n  REGISTER:\n    {name}: {{JSON: {json_file}, IMAGES: {images}}}\n"
+        f"  TRAIN: ('{name}',)\n"
+    )
+
+
+def _coco_file(path, file_name):
+    path.parent.mkdir(exist_ok=True)
+    image = {"id": 1, "file_name": file_name, "height": 4, "width": 4}
+    path.write_text(
+        json.dumps({"images": [image], "annotations": [], "categories": [{"id": 1, "name": "x"}]})
+    )
+
+
+def test_data_sets_of_a_config_are_known_by_name(tmp_path, monkeypatch, own_names):
+    """Paths are relative to the file that has them, also in a base in another folder."""
+    _coco_file(tmp_path / "data/a.json", "a.jpg")
+    _coco_file(tmp_path / "b.json", "b.jpg")
+    _write(tmp_path / "data/base.yaml", _register("mine_train", "a.json", "images"))
+    monkeypatch.setenv("HERE", str(tmp_path))
+    leaf = _write(
+        tmp_path / "leaf.yaml",
+        "_BASE_: data/base.yaml\n" + _register("mine_val", "$HERE/b.json", "pictures"),
+    )
+    monkeypatch.chdir("/")
+    cfg = load_config(leaf)
+    (a,), (b,) = (DatasetCatalog.get(n) for n in ("mine_train", "mine_val"))
+    assert a["file_name"] == str(tmp_path / "data/images/a.jpg")
+    assert b["file_name"] == str(tmp_path / "pictures/b.jpg")
+    assert MetadataCatalog.get("mine_val").thing_classes == ["x"]
+    # As the run writes it down.
+    again = load_config(_write(tmp_path / "data/config.yaml", cfg.dump()))
+    assert again.DATASETS.REGISTER == cfg.DATASETS.REGISTER
+    # The name goes to other files with another config.
+    load_config(_write(tmp_path / "c.yaml", _register("mine_val", "data/a.json", "x")))
+    assert DatasetCatalog.get("mine_val")[0]["file_name"] == str(tmp_path / "x/a.jpg")
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("{mine_train: 3}", "REGISTER.mine_train is 3: use {JSON: "),
+        ("{mine_train: {JSON: a.json}}", "REGISTER.mine_train is .*use {JSON: "),
+        ("{mine_train: {JSON: a, IMAGES: b, X: 1}}", "REGISTER.mine_train is .*use {JSON: "),
+        ("{mine_train: {JSON: 5, IMAGES: b}}", "REGISTER.mine_train.JSON is 5: use a path"),
+        ("{coco_2017_val: {JSON: a, IMAGES: b}}", "coco_2017_val: a data set of this name exists"),
+        ("3", "REGISTER"),
+    ],
+)
+def test_a_bad_entry_of_register(tmp_path, text, expected):
+    path = _write(tmp_path / "c.yaml", f"DATASETS: {{REGISTER: {text}}}\n")
+    with pytest.raises(UserError, match=expected):
+        load_config(path)
+    assert "mine_train" not in DatasetCatalog.list()

@@ -37,6 +37,22 @@ def test_a_mistake_is_one_line_and_status_1(capsys):
     assert capsys.readouterr().err == "error: the thing is wrong: do this\n"
 
 
+def test_debugging_keeps_every_traceback(monkeypatch, caplog):
+    error = UserError("the thing is wrong")
+    monkeypatch.setenv("REFBN_DEBUG", "1")
+    with pytest.raises(UserError) as e:
+        _command(error)()
+    assert e.value is error
+    try:
+        raise error
+    except UserError:
+        logging.getLogger("detectron2.engine.train_loop").exception("while training")
+    assert caplog.records[-1].exc_info is not None
+    monkeypatch.setenv("REFBN_DEBUG", "0")
+    with pytest.raises(SystemExit):
+        _command(error)()
+
+
 def test_a_mistake_found_by_a_worker_process(capsys):
     @one_line_errors
     def main():

@@ -8,7 +8,7 @@ from detectron2.engine import default_argument_parser
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
-from ..config import load_config
+from ..config import load_config, register_datasets
 from ..config_files import find_config
 from ..errors import one_line_errors, quiet_user_errors
 from .launcher import start
@@ -21,14 +21,14 @@ __all__ = ["train_command"]
 logger = logging.getLogger(__name__)
 
 
-def _run(args, trainer_class: Type[Trainer]):
+def _run(args, cfg: CfgNode, trainer_class: Type[Trainer]):
     quiet_user_errors()  # this may be a process of its own
-    cfg = load_config(args.config_file, args.opts)
+    register_datasets(cfg)
     if args.eval_only:
         with output_errors(cfg.OUTPUT_DIR):
-            return _evaluate(setup(args), args.resume, trainer_class)
+            return _evaluate(setup(args, cfg), args.resume, trainer_class)
     with run_folder(cfg, args.resume) as notes:
-        cfg = setup(args)
+        cfg = setup(args, cfg)
         for note in notes:
             logger.info(note)
         trainer = trainer_class(cfg)
@@ -63,5 +63,5 @@ def train_command(trainer_class: Type[Trainer], usage: str) -> None:
     end_with_parent()
     args = default_argument_parser(usage).parse_args()
     args.config_file = find_config(args.config_file)
-    device = load_config(args.config_file, args.opts).MODEL.DEVICE
-    start(_run, args, device, (args, trainer_class))
+    cfg = load_config(args.config_file, args.opts)
+    start(_run, args, cfg.MODEL.DEVICE, (args, cfg, trainer_class))

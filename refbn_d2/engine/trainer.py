@@ -52,15 +52,20 @@ __all__ = ["Trainer", "setup"]
 logger = logging.getLogger(__name__)
 
 
-def setup(args) -> CfgNode:
+def setup(args, cfg: Optional[CfgNode] = None) -> CfgNode:
     """Config of the command line (detectron2's ``default_argument_parser``), logging, seeds.
 
     An evaluation's log and config are with its results, and those of the training stay.
 
+    Args:
+        args: the parsed command line.
+        cfg: the config that it names, if it is loaded already.
+
     Raises:
         UserError: a bad config.
     """
-    cfg = load_config(args.config_file, args.opts)
+    if cfg is None:
+        cfg = load_config(args.config_file, args.opts)
     cfg.freeze()
     log_cfg = cfg.clone()
     log_cfg.defrost()

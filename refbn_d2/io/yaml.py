@@ -36,7 +36,8 @@ _Loader.add_implicit_resolver(
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(
-        r"([-+]?(\d[\d_]*\.[\d_]*(e[-+]\d+)?|\.\d[\d_]*(e[-+]\d+)?|\.inf)|\.nan)\Z", re.IGNORECASE
+        r"([-+]?\d[\d_]*\.[\d_]*(e[-+]\d+)?|\.\d[\d_]*(e[-+]\d+)?|[-+]?\.inf|\.nan)\Z",
+        re.IGNORECASE,
     ),
     list("-+0123456789."),
 )

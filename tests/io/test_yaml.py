@@ -3,6 +3,7 @@
 import datetime
 
 import pytest
+import yaml
 
 from refbn_d2.errors import UserError
 from refbn_d2.io import yaml as plain_yaml
@@ -34,3 +35,15 @@ def test_a_folder_or_a_device_is_no_file(tmp_path):
     for path in (tmp_path, "/dev/zero", tmp_path / "nowhere.yaml"):
         with pytest.raises(UserError, match="no such file"):
             plain_yaml.read(str(path))
+
+
+@pytest.mark.parametrize(
+    "text",
+    "1 -1 +1 0 010 0x1F 0b101 1_000 1.5 -.5 .5 1.e+3 1.5e-3 .inf -.INF .nan 1. ~ 09 0o7".split(),
+)
+def test_numbers_are_pyyamls(tmp_path, text):
+    """But for those to the base of 60, which are text."""
+    value = _read(tmp_path, f"a: {text}\n")["a"]
+    wanted = yaml.safe_load(text)
+    assert type(value) is type(wanted) and repr(value) == repr(wanted)
+    assert _read(tmp_path, "a: [1:30, 59:59:59, 1:30.5]\n") == {"a": ["1:30", "59:59:59", "1:30.5"]}
