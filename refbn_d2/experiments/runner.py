@@ -2,31 +2,32 @@
 
 import json
 import os
+import queue
+import re
+import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import FrameType
 from typing import Any, Dict, List, Optional
 
+import torch
 from detectron2.data import MetadataCatalog
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..config import load_config
+from ..engine.signals import PARENT, handle, restore
 from ..errors import UserError
 from ..io.atomic import atomic_write
 from ..io.json import read_json
+from ..io.lock import folder_lock, holder
 from .matrix import RunSpec
 
-__all__ = ["is_finished", "is_pretrained", "run_matrix"]
-
-# What the tools of the same names do.
-_TRAIN_NET = "from refbn_d2.engine import Trainer, train_command; train_command(Trainer, '')"
-_TRAIN_CLASSIFIER = (
-    "from refbn_d2.classification import ClassificationTrainer; "
-    "from refbn_d2.engine import train_command; train_command(ClassificationTrainer, '')"
-)
+__all__ = ["is_finished", "is_pretrained", "record_of", "run_matrix"]
 
 _BACKBONE = "backbone.pth"
 
@@ -36,25 +37,28 @@ _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_
 
 
 def is_pretrained(spec: RunSpec, output: Path) -> bool:
-    """Whether the backbone that the spec starts from is trained and converted."""
+    """Whether the backbone that a run starts from is trained and converted."""
     return (output / spec.classifier_folder / _BACKBONE).exists()
 
 
 def is_finished(spec: RunSpec, output: Path) -> bool:
-    """Whether the spec is trained and evaluated."""
+    """Whether a run is trained and evaluated."""
     file = output / spec.folder / "run.json"
     return file.exists() and _read(file).get("status") == "finished"
 
 
 class _Failed(Exception):
-    """A step of a spec failed; the message is one line."""
+    """A training of a run failed; the message is one line."""
 
 
 class _Runner:
     def __init__(self, output: Path, num_gpus: int, jobs: int, progress: Progress):
         self._output, self._num_gpus, self._progress = output, num_gpus, progress
         threads = max(1, (os.cpu_count() or 1) // jobs)
-        self._env = {**_KEEP_MEMORY, **os.environ, "OMP_NUM_THREADS": str(threads)}
+        # The children end with this process, however it ends.
+        self._env = {**_KEEP_MEMORY, **os.environ, PARENT: str(os.getpid())}
+        self._env["OMP_NUM_THREADS"] = str(threads)
+        self._gpus = _gpu_sets(num_gpus, jobs)
         self._children: List[subprocess.Popen] = []
         self._stop = threading.Event()
 
@@ -65,8 +69,8 @@ class _Runner:
                 child.terminate()
 
     def check(self, spec: RunSpec) -> None:
-        """Raises a UserError if the output folder holds the spec with other settings."""
-        settings = spec.settings()
+        """Raises a UserError if the output folder holds the run with other settings."""
+        settings = record_of(spec)["settings"]
         for file, keys in (
             (self._output / spec.folder / "run.json", ("detector", "pretraining")),
             (self._output / spec.classifier_folder / "pretraining.json", ("pretraining",)),
@@ -77,43 +81,54 @@ class _Runner:
                     f"{file.parent} holds a run of another config: choose another --output"
                 )
 
-    def _command(self, folder: Path, code: str, *args: str, task=None) -> None:
+    def _train(self, command: str, config: str, folder: Path, opts: List[str], label: str) -> None:
+        """Runs ``refbn-d2 train`` or ``classify`` to its end, in a process of its own."""
+        device = [] if self._num_gpus else ["MODEL.DEVICE", "cpu"]
+        arguments = ["--config-file", config, "--num-gpus", str(self._num_gpus), "--resume"]
+        arguments += ["OUTPUT_DIR", str(folder), *device, *opts]
+        task = self._progress.add_task(label, total=load_config(config, opts).SOLVER.MAX_ITER)
+        gpus = self._gpus.get()
+        try:
+            self._wait_until_free(folder)
+            self._command(folder, [command, *arguments], gpus, task)
+        finally:
+            self._gpus.put(gpus)
+            self._progress.remove_task(task)
+
+    def _wait_until_free(self, folder: Path) -> None:
+        """Waits for a child of an earlier call that was killed: it still writes its checkpoint."""
+        who = holder(folder)
+        if who:
+            _say(self._progress.console, f"waiting: {folder} is in use by {who}")
+        while who and not self._stop.is_set():
+            time.sleep(1)
+            who = holder(folder)
+        if self._stop.is_set():
+            raise _Failed("stopped before it began")
+
+    def _command(self, folder: Path, arguments: List[str], gpus: Optional[str], task) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / "console.txt"
         with open(log, "a") as f:
+            begin = f.tell()
             child = subprocess.Popen(
-                [sys.executable, "-c", code, *args],
+                [sys.executable, "-m", "refbn_d2", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=f,
                 stderr=subprocess.STDOUT,
-                env=self._env,
+                env={**self._env, **({} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus})},
             )
             self._children.append(child)
-            while True:
+            if self._stop.is_set():  # in the meantime
+                child.terminate()
+            while child.poll() is None:
                 try:
-                    status = child.wait(timeout=1)
-                    break
+                    child.wait(timeout=1)
                 except subprocess.TimeoutExpired:
-                    if task is not None:
-                        done = _last_iteration(folder / "metrics.json")
-                        self._progress.update(task, completed=done)
-        if status != 0:
-            lines = log.read_text(errors="replace").strip().splitlines()
-            raise _Failed(f"{lines[-1] if lines else 'no output'} (see {log})")
-
-    def _train(self, code: str, config: str, folder: Path, opts: List[str], label: str) -> None:
-        device = [] if self._num_gpus else ["MODEL.DEVICE", "cpu"]
-        task = self._progress.add_task(label, total=load_config(config, opts).SOLVER.MAX_ITER)
-        try:
-            self._command(
-                folder,
-                code,
-                *("--config-file", config, "--num-gpus", str(self._num_gpus), "--resume"),
-                *("OUTPUT_DIR", str(folder), *device, *opts),
-                task=task,
-            )
-        finally:
-            self._progress.remove_task(task)
+                    done = _last_iteration(folder / "metrics.json")
+                    self._progress.update(task, completed=done)
+        if child.returncode != 0:
+            raise _Failed(f"{_reason(child.returncode, log, begin)} (see {log})")
 
     def pretrain(self, spec: RunSpec) -> None:
         folder = self._output / spec.classifier_folder
@@ -121,7 +136,7 @@ class _Runner:
             return
         _write(folder / "pretraining.json", {"settings": spec.settings()})
         label = f"pretraining {spec.pretrained}, seed {spec.seed}"
-        self._train(_TRAIN_CLASSIFIER, spec.classifier, folder, spec.classifier_opts(), label)
+        self._train("classify", spec.classifier, folder, spec.classifier_opts(), label)
         from ..weights.convert import convert  # which stands above the engine
 
         try:
@@ -132,27 +147,74 @@ class _Runner:
     def detect(self, spec: RunSpec, pretraining_error: Optional[str]) -> Dict[str, Any]:
         folder = self._output / spec.folder
         file = folder / "run.json"
-        record = _record(spec)
+        record = record_of(spec)
         if is_finished(spec, self._output):
             return _read(file)
         if self._stop.is_set():
             return {**record, "status": "interrupted"}
-        _write(file, {**record, "status": "running"})
+        seconds = _read(file).get("seconds", 0.0) if file.exists() else 0.0
+        _write(file, {**record, "status": "running", "seconds": seconds})
         opts = spec.detector_opts()
         if spec.classifier:
             weights = self._output / spec.classifier_folder / _BACKBONE
             opts += ["MODEL.WEIGHTS", str(weights)]
+        begin = time.monotonic()
         try:
             if pretraining_error:
                 raise _Failed(pretraining_error)
             protocol = f"{spec.protocol}, " if spec.protocol else ""
             label = f"{protocol}{spec.name}, batch {spec.ims_per_batch}, grouping {spec.grouping:g}"
-            self._train(_TRAIN_NET, spec.config, folder, opts, f"{label}, seed {spec.seed}")
+            self._train("train", spec.config, folder, opts, f"{label}, seed {spec.seed}")
             record["status"] = "finished"
         except _Failed as e:
-            record.update(status="interrupted" if self._stop.is_set() else "failed", error=str(e))
+            stopped = self._stop.is_set()
+            error = "stopped; the same command goes on from the last checkpoint"
+            record.update(
+                status="interrupted" if stopped else "failed", error=error if stopped else str(e)
+            )
+        record["seconds"] = round(seconds + time.monotonic() - begin, 1)
         _write(file, record)
         return record
+
+
+def _gpu_sets(num_gpus: int, jobs: int) -> "queue.Queue[Optional[str]]":
+    """CUDA_VISIBLE_DEVICES of the runs that go on at a time; None leaves it as it is."""
+    sets: "queue.Queue[Optional[str]]" = queue.Queue()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(n) for n in range(torch.cuda.device_count())]
+    if jobs * num_gpus > len(gpus):
+        raise UserError(
+            f"--jobs {jobs} with --num-gpus {num_gpus}: there are {len(gpus)} GPUs, use fewer"
+        )
+    for n in range(jobs):
+        sets.put(",".join(gpus[n * num_gpus : (n + 1) * num_gpus]) if num_gpus else None)
+    return sets
+
+
+def _say(console: Console, line: str) -> None:
+    """Prints a line as it is: names and messages may look like markup."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _reason(status: int, log: Path, begin: int) -> str:
+    """Why a process ended, in one line.
+
+    Args:
+        status: of ``subprocess``, negative for a signal.
+        log: what it printed.
+        begin: where in the log its output begins, in bytes.
+    """
+    number = -status if status < 0 else status - 128
+    if number > 0:
+        name = signal.Signals(number).name if number in set(signal.Signals) else str(number)
+        return f"ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+    with open(log, "rb") as f:
+        f.seek(begin)
+        text = f.read().decode(errors="replace")
+    # A progress bar rewrites its line.
+    lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    return (errors or lines or ["no output"])[-1]
 
 
 def _last_iteration(metrics: Path) -> int:
@@ -163,8 +225,11 @@ def _last_iteration(metrics: Path) -> int:
         return 0
 
 
-def _record(spec: RunSpec) -> Dict[str, Any]:
+def record_of(spec: RunSpec) -> Dict[str, Any]:
+    """What a run's ``run.json`` says about it, but for how it went."""
     cfg = load_config(spec.config, spec.detector_opts())
+    if not cfg.DATASETS.TEST:
+        raise UserError(f"{spec.name}: DATASETS.TEST is empty: a run of a matrix is evaluated")
     metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
     return {
         "name": spec.name,
@@ -200,35 +265,34 @@ def run_matrix(
 ) -> List[Dict[str, Any]]:
     """Runs what is not finished yet, ``jobs`` runs at a time, each in a process of its own.
 
-    Interrupted, it can be called again and goes on: finished specs are skipped, started ones
-    resume from their last checkpoint. A spec that fails is recorded as failed, the others go on.
+    Interrupted, it can be called again and goes on: finished runs are skipped, started ones resume
+    from their last checkpoint. A run that fails is recorded as failed, the others go on.
 
     Args:
         specs: see :func:`load_matrix`.
-        output: folder; each spec has one of its own below it, with a ``run.json``.
+        output: folder; each run has one of its own below it, with a ``run.json``.
         num_gpus: per run; 0 for the CPU.
-        jobs: runs at a time, which share the cores.
+        jobs: runs at a time, which share the cores; each has GPUs of its own.
 
     Returns:
-        The record of each spec, as in its ``run.json``.
+        The record of each run, as in its ``run.json``.
 
     Raises:
-        UserError: ``output`` holds one of the specs with another config, or jobs would share GPUs.
+        UserError: ``output`` holds one of the runs with another config, another process runs a
+            matrix in it, or there are not enough GPUs.
     """
-    if jobs > 1 and num_gpus > 0:
-        raise UserError(f"--jobs {jobs} with --num-gpus {num_gpus}: with GPUs, one run at a time")
     console = Console(stderr=True)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
     )
-    with Progress(*columns, console=console) as progress, ThreadPoolExecutor(jobs) as pool:
+    with folder_lock(output), Progress(*columns, console=console) as progress:
         runner = _Runner(output, num_gpus, jobs, progress)
         for spec in specs:
             runner.check(spec)
-        stages = {c.classifier_folder: c for c in specs if c.classifier}
+        stages = {s.classifier_folder: s for s in specs if s.classifier}
         overall = progress.add_task("all runs", total=len(specs) + len(stages))
 
         def pretrain(spec: RunSpec) -> Optional[str]:
@@ -243,12 +307,24 @@ def run_matrix(
         def detect(spec: RunSpec, error: Optional[str]) -> Dict[str, Any]:
             record = runner.detect(spec, error)
             progress.advance(overall)
-            console.print(f"{record['status']}: {spec.folder} {record.get('error', '')}")
+            _say(console, f"{record['status']}: {spec.folder} {record.get('error', '')}")
             return record
 
+        previous = handle(_stopped)
         try:
-            errors = dict(zip(stages, pool.map(pretrain, stages.values())))
-            return list(pool.map(detect, specs, [errors.get(c.classifier_folder) for c in specs]))
-        except BaseException:
-            runner.stop()
-            raise
+            with ThreadPoolExecutor(jobs) as pool:
+                try:
+                    errors = dict(zip(stages, pool.map(pretrain, stages.values())))
+                    of_each = [errors.get(s.classifier_folder) for s in specs]
+                    return list(pool.map(detect, specs, of_each))
+                except BaseException:
+                    runner.stop()  # the pool waits until the children have saved
+                    raise
+        finally:
+            restore(previous)
+
+
+def _stopped(signum: int, frame: Optional[FrameType]) -> None:
+    if signum == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + signum)

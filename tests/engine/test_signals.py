@@ -2,11 +2,21 @@
 
 import os
 import signal
+import time
+from pathlib import Path
 
 import kills
+import processes
 import pytest
 
-from refbn_d2.engine.signals import SIGNALS, StopOnSignal
+from refbn_d2.engine.signals import (
+    PARENT,
+    SIGNALS,
+    StopOnSignal,
+    end_with_parent,
+    handle,
+    restore,
+)
 
 
 class _Checkpointer:
@@ -35,6 +45,7 @@ def interruptible():
 @pytest.fixture
 def hook(interruptible):
     before = [signal.getsignal(s) for s in SIGNALS]
+    assert len(SIGNALS) == 3
     hook = StopOnSignal(_Checkpointer())
     hook.trainer = _Trainer()
     hook.before_train()
@@ -47,7 +58,9 @@ def _send(signum):
     os.kill(os.getpid(), signum)
 
 
-@pytest.mark.parametrize("signum, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "signum, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+)
 def test_the_step_ends_with_a_checkpoint_and_the_status_of_the_signal(hook, signum, status):
     hook.after_step()
     _send(signum)
@@ -104,3 +117,39 @@ def test_a_run_that_was_told_to_end_goes_on_exactly(tiny_data, tmp_path):
     kills.assert_same(kills.load(output / "model_final.pth"), kills.load(whole / "model_final.pth"))
     # The line of the step it was stopped after is one more.
     assert set(kills.metrics(whole)) <= set(kills.metrics(output))
+
+
+def test_under_nohup_a_closed_terminal_is_no_notice(interruptible):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    previous = handle(lambda *_: None)
+    try:
+        assert signal.SIGHUP not in previous and signal.SIGTERM in previous
+        _send(signal.SIGHUP)
+    finally:
+        restore(previous)
+        signal.signal(signal.SIGHUP, before)
+
+
+def _parent(folder: Path) -> None:
+    os.environ[PARENT] = str(os.getpid())
+    child = os.fork()
+    if child == 0:
+        end_with_parent()
+        signal.signal(signal.SIGTERM, lambda *_: (folder / "told").touch())
+        (folder / "child").touch()
+        signal.pause()
+        os._exit(0)
+    time.sleep(60)
+
+
+def test_a_killed_parent_takes_its_child_with_it(tmp_path):
+    """The child gets SIGTERM, so that it can save."""
+    parent = processes.start(_parent, tmp_path)
+    kills.wait_for(tmp_path / "child", parent)
+    parent.kill()
+    parent.join()
+    for _ in range(1000):
+        if (tmp_path / "told").exists():
+            break
+        time.sleep(0.02)
+    assert (tmp_path / "told").exists()
