@@ -2,13 +2,13 @@
 
 import math
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Sequence
 
 import jinja2
 
 from . import plots
 from .comparison import Comparison, Group
-from .pictures import draw
+from .printable import printable
 from .text import (
     PAPER_TABLE,
     SEEDS_LEAD,
@@ -24,21 +24,31 @@ from .text import (
     verdicts,
 )
 
-__all__ = ["html"]
+__all__ = ["clearest", "html"]
 
 _CATEGORY_ROWS = 12  # each way, in a chart; the table below it has all of them
 
 
-def html(comparison: Comparison, images: Optional[Path] = None) -> str:
-    """The page. ``images`` is the folder of the data set's images, if there is one."""
+def html(
+    comparison: Comparison,
+    notes: Sequence[str] = (),
+    pictures: Sequence[Dict[str, Any]] = (),
+) -> str:
+    """The page.
+
+    Args:
+        comparison: what is shown.
+        notes: sentences on what a reader must know beside the numbers.
+        pictures: of ``pictures.pictures``.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
+        finalize=_as_text,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    clearest = _clearest(comparison)
     return environment.get_template("report.html.j2").render(
         comparison=comparison,
         verdicts=verdicts(comparison),
@@ -55,8 +65,9 @@ def html(comparison: Comparison, images: Optional[Path] = None) -> str:
             for f in plots.training_curves(comparison, groups)
         ],
         curves=_precision_recall(comparison),
-        categories=_categories(comparison, clearest),
-        pictures=_pictures(comparison, clearest, images),
+        categories=_categories(comparison, clearest(comparison)),
+        pictures=pictures,
+        notes=notes,
         paper=PAPER_TABLE if paper_applies(comparison) else None,
     )
 
@@ -79,7 +90,12 @@ def _rows(comparison: Comparison) -> List[Dict[str, Any]]:
     return rows
 
 
-def _clearest(comparison: Comparison) -> List[Group]:
+def _as_text(value: Any) -> Any:
+    """Whatever the template shows; figures are Markup, all other text a user may have written."""
+    return printable(value) if type(value) is str else value
+
+
+def clearest(comparison: Comparison) -> List[Group]:
     """One comparison a norm: the condition with the smallest p, so that a page stays a page."""
     best: Dict[str, tuple] = {}
     first = comparison.iou_types[0]
@@ -132,17 +148,4 @@ def _categories(comparison: Comparison, groups: List[Group]) -> List[Dict[str, A
                     "rows": [(n, number(x), number(y), signed(y - x)) for n, x, y in rows],
                 }
             )
-    return found
-
-
-def _pictures(comparison, groups: List[Group], images: Optional[Path]) -> List[Dict[str, Any]]:
-    iou_type = comparison.iou_types[-1]  # masks say more than boxes, where there are some
-    found = []
-    for group in groups:
-        base = comparison.groups[group.baseline]
-        folder = images or group.runs[0].image_root
-        drawn = draw(comparison, base, group, iou_type, folder) if folder else []
-        if drawn:
-            title = f"{group.label} against {base.name}, {TITLES[iou_type]}"
-            found.append({"title": title, "images": drawn})
     return found

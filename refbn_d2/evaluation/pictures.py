@@ -1,19 +1,31 @@
 """The images on which two norms differ most: ground truth | baseline | other, side by side."""
 
 import base64
+import io
+import warnings
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Collection, Dict, List, Sequence, Tuple
 
+import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from pycocotools import mask as mask_util
 
+from ..errors import UserError
+from ..io.images import read_rgb
 from ..io.json import read_json
 from .ap import Evaluation
 from .comparison import Comparison, Group
+from .inputs import GroundTruth
+from .printable import printable
 
 __all__ = ["differing_images", "draw"]
 
 _PER_DIRECTION = 3
-_HEIGHT = 360  # pixels of a panel in the report
+_HEIGHT, _DPI = 400, 110  # pixels of a panel in the report, and of an inch in it
+# A category keeps its colour in all panels. Bright, for photographs.
+_COLORS = ["#ff5a4f", "#3fa7ff", "#ffb000", "#2ecc71", "#e26bff", "#00d1c7", "#ff8ad1", "#c6e000"]
 
 
 def differing_images(base: Group, other: Group, iou_type: str) -> List[Tuple[int, float]]:
@@ -35,35 +47,47 @@ def _image_means(scores: Sequence[Evaluation]) -> Dict[int, float]:
     return {key: float(np.mean([s.images.get(key, 0.0) for s in scores])) for key in keys}
 
 
-def draw(comparison: Comparison, base: Group, other: Group, iou_type: str, folder: Path) -> list:
+def draw(
+    comparison: Comparison, base: Group, other: Group, iou_type: str, folder: Path
+) -> Tuple[List[Dict[str, Any]], List[str]]:
     """Draws the images of ``differing_images`` that are in ``folder``.
 
     A norm is shown by that of its runs whose AP on the image is nearest their mean, and by as many
     of the best-scored detections as there are objects: like AP, that asks for no threshold.
 
     Returns:
-        of each image {"id", "delta", "panels": [(title, data URI)]}; empty without images.
+        {"id", "delta", "panels": [(title, data URI)]} of each image drawn, and one sentence on each
+        image that cannot be drawn.
     """
-    chosen = differing_images(base, other, iou_type)
-    files = {i["id"]: folder / str(i.get("file_name", "")) for i in comparison.gt.dataset["images"]}
-    chosen = [(key, delta) for key, delta in chosen if files[key].is_file()]
-    ids = {key for key, _ in chosen}
-    if not ids:
-        return []
-    truth = _by_image(comparison.gt.dataset["annotations"], ids)
-    found = [_typical_detections(g, iou_type, ids) for g in (base, other)]
+    chosen = dict(differing_images(base, other, iou_type))
+    pixels, notes = {}, []
+    for image in comparison.gt.dataset["images"]:
+        key, name = image["id"], image.get("file_name")
+        if key not in chosen:
+            continue
+        try:
+            if not isinstance(name, str) or not name:
+                raise UserError(f"image {key} has no file_name")
+            pixels[key] = read_rgb(folder / name, comparison.gt.sizes[key])
+        except UserError as e:
+            notes.append(f"Not drawn: {e}")
+    truth = _by_image(comparison.gt.dataset["annotations"], pixels.keys())
+    found = [_typical_detections(g, iou_type, pixels.keys()) for g in (base, other)]
     pictures = []
-    for key, delta in chosen:
-        panels = [("ground truth", _panel(comparison, files[key], truth[key], iou_type))]
+    for key, delta in chosen.items():
+        if key not in pixels:
+            continue
         count = max(1, sum(not a.get("iscrowd") for a in truth[key]))
+        panels = [("ground truth", truth[key])]
         for group, entries in zip((base, other), found):
-            best = sorted(entries[key], key=lambda e: -e["score"])[:count]
-            panels.append((group.name, _panel(comparison, files[key], best, iou_type)))
-        pictures.append({"id": key, "delta": delta, "panels": panels})
-    return pictures
+            panels.append((group.name, sorted(entries[key], key=lambda e: -e["score"])[:count]))
+        drawn = [(t, _panel(comparison.gt, pixels[key], e, iou_type)) for t, e in panels]
+        pictures.append({"id": key, "delta": delta, "panels": drawn})
+    return pictures, notes
 
 
-def _typical_detections(group: Group, iou_type: str, ids) -> Dict[int, List[Dict[str, Any]]]:
+def _typical_detections(group: Group, iou_type: str, ids: Collection[int]
+) -> Dict[int, List[Dict[str, Any]]]:
     scores = group.scores[iou_type]
     means = _image_means(scores)
     runs: Dict[int, List[int]] = {}
@@ -76,7 +100,8 @@ def _typical_detections(group: Group, iou_type: str, ids) -> Dict[int, List[Dict
     return found
 
 
-def _by_image(entries: List[Dict[str, Any]], ids) -> Dict[int, List[Dict[str, Any]]]:
+def _by_image(entries: List[Dict[str, Any]], ids: Collection[int]
+) -> Dict[int, List[Dict[str, Any]]]:
     found: Dict[int, List[Dict[str, Any]]] = {key: [] for key in ids}
     for entry in entries:
         if entry["image_id"] in ids:
@@ -84,49 +109,47 @@ def _by_image(entries: List[Dict[str, Any]], ids) -> Dict[int, List[Dict[str, An
     return found
 
 
-def _panel(comparison, file: Path, entries, iou_type: str) -> str:
-    """One picture with its objects, as a data URI."""
-    import cv2
-    from detectron2.data.catalog import Metadata
-    from detectron2.data.detection_utils import read_image
-    from detectron2.utils.colormap import colormap
-    from detectron2.utils.visualizer import Visualizer
+def _panel(gt: GroundTruth, rgb: np.ndarray, entries: List[Dict[str, Any]], iou_type: str) -> str:
+    """One picture with its objects, as a data URI of a JPEG."""
+    height, width = rgb.shape[:2]
+    order = {key: n for n, key in enumerate(gt.categories)}
+    # A name is text, not TeX; one in a script that the font lacks is no reason for a warning.
+    with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        figure = Figure(figsize=(_HEIGHT * width / height / _DPI, _HEIGHT / _DPI), dpi=_DPI)
+        ax = figure.add_axes((0, 0, 1, 1), frameon=False, xticks=[], yticks=[])
+        ax.imshow(rgb, extent=(0, width, height, 0), aspect="auto", interpolation="antialiased")
+        for entry in entries:
+            color = _COLORS[order[entry["category_id"]] % len(_COLORS)]
+            x, y, w, h = _box(entry, gt)
+            if iou_type == "segm":
+                mask = gt.coco.ann_to_mask({**entry, "id": 0})
+                shape = np.pad(mask, 1)  # a mask at the image's edge is outlined there, too
+                at = np.arange(-0.5, width + 1), np.arange(-0.5, height + 1)
+                ax.contourf(*at, shape, levels=[0.5, 1.5], colors=[color], alpha=0.4)
+                ax.contour(*at, shape, levels=[0.5], colors=[color], linewidths=1)
+            ax.add_patch(Rectangle((x, y), w, h, fill=False, edgecolor=color, linewidth=1.2))
+        # Names last: no mask covers them.
+        for entry in entries:
+            x, y, *_ = _box(entry, gt)
+            color = _COLORS[order[entry["category_id"]] % len(_COLORS)]
+            background = {"facecolor": "black", "edgecolor": color, "alpha": 0.7, "pad": 1.2}
+            where = min(max(x, 0), width), min(max(y, 0), height)
+            label = _label(entry, gt.categories)
+            ax.text(*where, label, color="white", fontsize=7.5, va="top", bbox=background)
+        ax.set(xlim=(0, width), ylim=(height, 0))
+        file = io.BytesIO()
+        figure.savefig(file, format="jpeg", pil_kwargs={"quality": 85})
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
-    gt = comparison.gt
-    rgb = read_image(str(file), format="RGB")
-    names = list(gt.categories)
-    palette = colormap(rgb=True, maximum=1)
-    visualizer = Visualizer(rgb, Metadata(name="report"), scale=_HEIGHT / rgb.shape[0])
-    if entries:
-        masks = None
-        if iou_type == "segm":
-            masks = [gt.coco.ann_to_mask({**e, "id": 0}) for e in entries]
-        boxes = [_corners(e, gt) for e in entries]
-        visualizer.overlay_instances(
-            boxes=np.array(boxes),
-            masks=masks,
-            labels=[_label(e, gt.categories) for e in entries],
-            assigned_colors=[
-                palette[names.index(e["category_id"]) % len(palette)] for e in entries
-            ],
-        )
-    drawn = visualizer.output.get_image()
-    _, jpeg = cv2.imencode(".jpg", drawn[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])
-    return "data:image/jpeg;base64," + base64.b64encode(jpeg.tobytes()).decode()
 
-
-def _corners(entry: Dict[str, Any], gt) -> List[float]:
-    from pycocotools import mask as mask_util
-
-    box = entry.get("bbox")
-    if box is None:
-        box = mask_util.toBbox(gt.coco.ann_to_rle({**entry, "id": 0})).tolist()
-    x, y, w, h = box
-    return [x, y, x + w, y + h]
+def _box(entry: Dict[str, Any], gt: GroundTruth) -> List[float]:
+    """x, y, width, height in pixels; of the mask, where a detection has no box."""
+    return entry.get("bbox") or mask_util.toBbox(gt.coco.ann_to_rle({**entry, "id": 0})).tolist()
 
 
 def _label(entry: Dict[str, Any], names: Dict[int, str]) -> str:
-    name = names[entry["category_id"]]
+    name = printable(names[entry["category_id"]], 40)
     if entry.get("iscrowd"):
         return f"{name} (crowd)"
     return f"{name} {entry['score']:.0%}" if "score" in entry else name

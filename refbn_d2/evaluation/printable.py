@@ -1,0 +1,33 @@
+"""Names that users give, as text that can be shown."""
+
+from typing import Optional
+
+__all__ = ["printable"]
+
+# Not printable by itself, but part of names in Persian, in Indian scripts and of emoji.
+_JOINERS = "\u200c\u200d"
+
+
+def printable(text: str, limit: Optional[int] = None) -> str:
+    """``text`` on one line, each character of it one that can be seen, encoded and drawn.
+
+    Control characters, lone surrogates and marks that turn the direction of writing become escapes
+    such as ``\\x1b``; white space becomes a blank.
+
+    Args:
+        text: anything, for example the name of a norm or a category.
+        limit: characters at most; a longer text loses its middle.
+    """
+    shown = "".join(map(_shown, text))
+    if limit is not None and len(shown) > limit:
+        half = (limit - 1) // 2
+        shown = f"{shown[:half]}…{shown[-half:]}"
+    return shown
+
+
+def _shown(character: str) -> str:
+    if character.isprintable() or character in _JOINERS:
+        return character
+    if character.isspace():
+        return " "
+    return character.encode("unicode_escape").decode()
