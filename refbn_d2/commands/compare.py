@@ -15,6 +15,7 @@ from ..config_files import find_config
 from ..errors import UserError, one_line_errors
 from ..evaluation.inputs import IOU_TYPES
 from ..evaluation.interval import MARGIN
+from ..evaluation.printable import printable
 
 
 def add_run(commands) -> None:
@@ -92,7 +93,7 @@ def report(args: argparse.Namespace) -> None:
     iou_types = [t for t in IOU_TYPES if t in args.iou_type]
     total = sum(not run.error for run in runs) * len(iou_types)
     console = Console(stderr=True)
-    fields = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    fields = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
     # Into a log file it would only write blank lines.
     quiet = not console.is_terminal
     with Progress(
@@ -101,7 +102,7 @@ def report(args: argparse.Namespace) -> None:
         task = progress.add_task("reading", total=total)
 
         def advance(what: str) -> None:
-            progress.update(task, description=what, advance=1)
+            progress.update(task, description=printable(what), advance=1)
 
         comparison = compare(
             runs,
@@ -119,7 +120,7 @@ def report(args: argparse.Namespace) -> None:
         files = write_report(comparison, args.output, args.images)
     # The page begins with the verdicts and the table.
     Console().print(Markdown(markdown(comparison).split("\n## ")[0]))
-    print("\n".join(map(str, files)))
+    print("\n".join(printable(str(file)) for file in files))
 
 
 @one_line_errors

@@ -52,10 +52,12 @@ def evaluate(
         iou_type: "bbox" or "segm".
         subsets: image ids of each subset to score as well.
     """
-    if iou_type == "segm":
-        # With a box present COCO sizes a detection by the box, not by the mask.
-        detections = [{k: v for k, v in d.items() if k != "bbox"} for d in detections]
-    scorer = hotcoco.COCOeval(gt.coco, gt.coco.load_res(list(detections)), iou_type)
+    # With a box present COCO sizes a detection by the box, not by the mask. Other fields, which
+    # might be of a type that hotcoco refuses, are left out.
+    shape = ("bbox", "segmentation") if iou_type == "bbox" else ("segmentation",)
+    fields = ("image_id", "category_id", "score", *shape)
+    found = gt.coco.load_res([{k: d[k] for k in fields if k in d} for d in detections])
+    scorer = hotcoco.COCOeval(gt.coco, found, iou_type)
     # Only AP is asked for; leaving out the recalls at 1 and 10 detections makes it 3 times faster.
     scorer.params.max_dets = [MAX_DETECTIONS]
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):

@@ -102,6 +102,16 @@ class Comparison:
         """Whether ``label`` is better or worse than its baseline, or practically the same."""
         return self.primary_difference(label).verdict(self.margin)
 
+    def clearest(self) -> List[Group]:
+        """One group a norm, under the condition with the smallest p: what a page has room for."""
+        best: Dict[str, Tuple[float, Group]] = {}
+        for label in self.differences:
+            group, p = self.groups[label], self.primary_difference(label).p
+            key = 2.0 if math.isnan(p) else p
+            if group.name not in best or key < best[group.name][0]:
+                best[group.name] = key, group
+        return [group for _, group in best.values()]
+
     def delta_table(self, label: str) -> Dict[str, Dict[str, Dict[str, Any]]]:
         """``deltas.LABEL`` of report.json."""
         return {

@@ -24,7 +24,7 @@ from .text import (
     verdicts,
 )
 
-__all__ = ["clearest", "html"]
+__all__ = ["html"]
 
 _CATEGORY_ROWS = 12  # each way, in a chart; the table below it has all of them
 
@@ -65,7 +65,7 @@ def html(
             for f in plots.training_curves(comparison, groups)
         ],
         curves=_precision_recall(comparison),
-        categories=_categories(comparison, clearest(comparison)),
+        categories=_categories(comparison, comparison.clearest()),
         pictures=pictures,
         notes=notes,
         paper=PAPER_TABLE if paper_applies(comparison) else None,
@@ -93,19 +93,6 @@ def _rows(comparison: Comparison) -> List[Dict[str, Any]]:
 def _as_text(value: Any) -> Any:
     """Whatever the template shows; figures are Markup, all other text a user may have written."""
     return printable(value) if type(value) is str else value
-
-
-def clearest(comparison: Comparison) -> List[Group]:
-    """One comparison a norm: the condition with the smallest p, so that a page stays a page."""
-    best: Dict[str, tuple] = {}
-    first = comparison.iou_types[0]
-    for label, tables in comparison.differences.items():
-        group = comparison.groups[label]
-        p = tables[first]["AP"].p
-        key = 2.0 if math.isnan(p) else p
-        if group.name not in best or key < best[group.name][0]:
-            best[group.name] = (key, group)
-    return [group for _, group in best.values()]
 
 
 def _by_condition(comparison: Comparison) -> List[List[Group]]:

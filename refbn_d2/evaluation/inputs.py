@@ -4,12 +4,13 @@ pycocotools and hotcoco evaluate nonsense without a word (an unknown image is dr
 another size is compared all the same), so every entry is checked here, before any AP exists.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Sequence, Tuple
 
 from ..errors import UserError
-from ..io.coco import box_problem, is_int, is_number, masks_problem
+from ..io.coco import box_problem, is_int, is_number, is_size, masks_problem
 from ..io.json import read_json
 from ..io.rle import rle_problem
 
@@ -22,9 +23,12 @@ __all__ = [
     "check_ground_truth",
     "load_ground_truth",
     "load_results",
+    "scored_fields",
 ]
 
 IOU_TYPES = ("bbox", "segm")
+_MAX_ID = 2**63 - 1
+_MAX_SIDE = 2**24  # pixels
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,11 @@ def _by_id(path: Path, entries: Any, kind: str) -> Dict[int, Dict[str, Any]]:
     for n, entry in enumerate(entries):
         key = entry.get("id") if isinstance(entry, dict) else None
         if not is_int(key):
-            raise UserError(f"{path}: {kind}[{n}] has no integer id")
+            found_type = "" if key is None else f", but {key!r}, a {type(key).__name__}"
+            raise UserError(f"{path}: {kind}[{n}] has no integer id{found_type}")
+        # Those of annotations are not used.
+        if not 0 <= key <= _MAX_ID and kind != "annotations":
+            raise UserError(f"{path}: {kind}[{n}] has id {key}; hotcoco takes 0 to 2**63 - 1")
         if key in found:
             raise UserError(f"{path}: id {key} occurs twice in {kind}")
         found[key] = entry
@@ -74,11 +82,24 @@ def load_ground_truth(path: Path, iou_types: Sequence[str]) -> GroundTruth:
 
     content = read_json(path)
     sizes, categories = check_ground_truth(path, content, iou_types)
-    try:
-        coco = hotcoco.COCO(content)
-    except Exception as e:  # a field of a type that COCO does not give it
-        raise UserError(f"{path}: is no COCO ground truth: {e}") from None
-    return GroundTruth(path, content, coco, sizes, categories)
+    return GroundTruth(path, content, hotcoco.COCO(scored_fields(content)), sizes, categories)
+
+
+def scored_fields(dataset: Dict[str, Any]) -> Dict[str, Any]:
+    """A copy of a checked data set, or of detections, with the fields that AP depends on.
+
+    Others may be of a type that hotcoco refuses. Annotations are numbered from 1, since nothing
+    refers to their ids: to pycocotools an object with id 0 is one that nobody found.
+    """
+    fields = ("image_id", "category_id", "bbox", "area", "segmentation", "score")
+    return {
+        "images": [{k: image[k] for k in ("id", "height", "width")} for image in dataset["images"]],
+        "categories": [{"id": c["id"], "name": str(c["id"])} for c in dataset["categories"]],
+        "annotations": [
+            {"id": n, "iscrowd": a.get("iscrowd", 0), **{k: a[k] for k in fields if k in a}}
+            for n, a in enumerate(dataset["annotations"], 1)
+        ],
+    }
 
 
 def check_ground_truth(
@@ -102,16 +123,21 @@ def check_ground_truth(
     sizes = {}
     for key, image in images.items():
         size = image.get("height"), image.get("width")
-        if not all(is_int(s) and s > 0 for s in size):
+        if not all(is_int(s) and 0 < s <= _MAX_SIDE for s in size):
             raise UserError(f"{path}: image {key} has no height and width")
         sizes[key] = size
+        if not isinstance(image.get("file_name", ""), str):
+            raise UserError(f"{path}: image {key}: file_name {image['file_name']!r} is not text")
+    for key, category in categories.items():
+        if not isinstance(category.get("name", ""), str):
+            raise UserError(f"{path}: category {key}: name {category['name']!r} is not text")
     for key, annotation in annotations.items():
         where = f"{path}: annotation {key}"
         image, category = annotation.get("image_id"), annotation.get("category_id")
         if not is_int(image) or image not in images:
-            raise UserError(f"{where} is of unknown image {image}")
+            raise UserError(f"{where} is of unknown image {_named(image)}")
         if not is_int(category) or category not in categories:
-            raise UserError(f"{where} is of unknown category {category}")
+            raise UserError(f"{where} is of unknown category {_named(category)}")
         problem = box_problem(annotation.get("bbox"))
         if problem:
             raise UserError(f"{where}: {problem}")
@@ -127,7 +153,14 @@ def check_ground_truth(
     )
     if problem:
         raise UserError(f"{path}: annotation {masked[problem[0]]['id']}: {problem[1]}")
-    return sizes, {k: str(c.get("name", k)) for k, c in categories.items()}
+    return sizes, _names(categories)
+
+
+def _names(categories: Dict[int, Dict[str, Any]]) -> Dict[int, str]:
+    """Names by category id; those that several categories have get their id, too."""
+    names = {key: category.get("name", str(key)) for key, category in categories.items()}
+    count = Counter(names.values())
+    return {key: name if count[name] == 1 else f"{name} (id {key})" for key, name in names.items()}
 
 
 def load_results(path: Path, gt: GroundTruth, iou_types: Sequence[str]) -> List[Dict[str, Any]]:
@@ -159,14 +192,21 @@ def load_results(path: Path, gt: GroundTruth, iou_types: Sequence[str]) -> List[
     return content
 
 
+def _named(key: Any) -> str:
+    """An id, with its type where that alone makes it unknown: 1.0 and "1" are not the image 1."""
+    if is_int(key) or key is None:
+        return str(key)
+    return f"{key}, a {type(key).__name__} (ids are integers)"
+
+
 def _detection_problem(entry: Any, gt: GroundTruth, iou_types: Sequence[str]) -> str:
     if not isinstance(entry, dict):
         return f"is a {type(entry).__name__}, not a detection"
     image, category, score = (entry.get(k) for k in ("image_id", "category_id", "score"))
     if not is_int(image) or image not in gt.sizes:
-        return f"unknown image_id {image}; it is not in {gt.path}"
+        return f"unknown image_id {_named(image)}; it is not in {gt.path}"
     if not is_int(category) or category not in gt.categories:
-        return f"unknown category_id {category}; it is not in {gt.path}"
+        return f"unknown category_id {_named(category)}; it is not in {gt.path}"
     if not is_number(score) or score < 0:
         return f"score {score} is not a number >= 0"
     if "bbox" in entry:
@@ -182,6 +222,6 @@ def _detection_problem(entry: Any, gt: GroundTruth, iou_types: Sequence[str]) ->
     mask = entry["segmentation"]
     if not isinstance(mask, dict) or not isinstance(mask.get("counts"), str):
         return 'segmentation is not a compressed RLE {"size": [h, w], "counts": "..."}'
-    if mask.get("size") != list(gt.sizes[image]):
+    if not is_size(mask.get("size"), gt.sizes[image]):
         return f"RLE of size {mask.get('size')}, image {image} is {list(gt.sizes[image])}"
     return ""

@@ -1,8 +1,10 @@
 """report.md: the layout of the paper's Table 3 with a difference and its interval a norm."""
 
-from typing import List
+import re
+from typing import List, Sequence
 
 from .comparison import Comparison
+from .printable import printable
 from .text import (
     PAPER_TABLE,
     SEEDS_LEAD,
@@ -20,35 +22,53 @@ from .text import (
 
 __all__ = ["markdown"]
 
+# What would begin HTML or markup inside of a line, and at its beginning.
+_MARKUP = re.compile(r"[\\`*|$~]|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[:])|^[-+#](?=[\s#])|^>")
+_NUMBERED = re.compile(r"^(\d+)(?=[.)]\s)")
+_HTML = re.compile(r"<(?=[A-Za-z!/?])|&(?=#?\w)")
 
-def markdown(comparison: Comparison) -> str:
-    """The report as Markdown."""
-    sections = [f"# {comparison.baseline} against other norms", _bullets(comparison)]
+
+def markdown(comparison: Comparison, notes: Sequence[str] = ()) -> str:
+    """The report as Markdown.
+
+    Args:
+        comparison: of ``comparison.compare``.
+        notes: sentences on what the report could not show.
+    """
+    sections = [f"# {_plain(comparison.baseline)} against other norms", _bullets(comparison)]
     sections.append(_table(comparison))
     if len(comparison.differences):
         sections += ["## p-values", _p_table(comparison)]
         sections += [
             "## Seeds",
             SEEDS_LEAD,
-            "\n".join(f"* {line}" for line in seed_lines(comparison)),
+            "\n".join(f"* {_plain(line)}" for line in seed_lines(comparison)),
         ]
     if paper_applies(comparison):
         sections += ["## The paper's own Table 3", _paper_table()]
+    if notes:
+        sections += ["## Notes", "\n".join(f"* {_plain(text)}" for text in notes)]
     if comparison.failed:
         sections += ["## Runs without results", _failed(comparison)]
-    sections += ["## What the interval means", model_text(comparison)]
+    sections += ["## What the interval means", _plain(model_text(comparison))]
     return "\n\n".join(sections) + "\n"
 
 
+def _plain(text: str) -> str:
+    """``text`` as Markdown that shows it as it is, whatever markup a name in it resembles."""
+    text = _MARKUP.sub(lambda m: f"\\{m[0]}", printable(text))
+    text = _NUMBERED.sub(r"\1\\", text)
+    return _HTML.sub(lambda m: {"<": "&lt;", "&": "&amp;"}[m[0]], text)
+
+
 def _bullets(comparison: Comparison) -> str:
-    lines = [f"* {v['mark']} {v['text']}" for v in verdicts(comparison)]
+    lines = [f"* {v['mark']} {_plain(v['text'])}" for v in verdicts(comparison)]
     lines = lines or ["There is nothing to compare with the baseline."]
-    return "\n".join(lines + [f"* Warning: {text}" for text in comparison.warnings])
+    return "\n".join(lines + [f"* Warning: {_plain(text)}" for text in comparison.warnings])
 
 
 def _rows(header: List[str], rows: List[List[str]]) -> str:
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in [header, *rows]]
-    lines = ["| " + " | ".join(row) + " |" for row in escaped]
+    lines = ["| " + " | ".join(map(_plain, row)) + " |" for row in [header, *rows]]
     lines.insert(1, "|---" + "|---:" * (len(header) - 1) + "|")
     return "\n".join(lines)
 
@@ -96,5 +116,5 @@ def _failed(comparison: Comparison) -> str:
     rows = []
     for run in comparison.failed:
         where = f"{run.name}, seed {run.seed}" + (f", {run.condition}" if run.condition else "")
-        rows.append(f"* {where}: {run.error}")
+        rows.append(f"* {_plain(f'{where}: {run.error}')}")
     return "\n".join(rows)

@@ -4,7 +4,7 @@ import base64
 import io
 import warnings
 from pathlib import Path
-from typing import Any, Collection, Dict, List, Sequence, Tuple
+from typing import Any, Collection, Dict, List, Optional, Sequence, Tuple
 
 import matplotlib
 import numpy as np
@@ -19,13 +19,46 @@ from .ap import Evaluation
 from .comparison import Comparison, Group
 from .inputs import GroundTruth
 from .printable import printable
+from .text import TITLES
 
-__all__ = ["differing_images", "draw"]
+__all__ = ["differing_images", "draw", "pictures"]
 
 _PER_DIRECTION = 3
 _HEIGHT, _DPI = 400, 110  # pixels of a panel in the report, and of an inch in it
 # A category keeps its colour in all panels. Bright, for photographs.
 _COLORS = ["#ff5a4f", "#3fa7ff", "#ffb000", "#2ecc71", "#e26bff", "#00d1c7", "#ff8ad1", "#c6e000"]
+
+
+def pictures(
+    comparison: Comparison, images: Optional[Path] = None
+) -> Tuple[List[Dict[str, Any]], List[str]]:
+    """The pictures of a report.
+
+    Args:
+        comparison: whose norms are compared.
+        images: folder of the data set's images; None: the one that the run folders name, if any.
+
+    Returns:
+        {"title", "images": as of ``draw``} of each norm, and one sentence on each image that cannot
+        be drawn.
+    """
+    iou_type = comparison.iou_types[-1]  # masks say more than boxes, where there are some
+    found = []
+    notes: List[str] = []
+    for group in comparison.clearest():
+        base = comparison.groups[group.baseline]
+        folder = images or group.runs[0].image_root
+        if folder is None:
+            continue
+        if folder.is_dir():
+            drawn, problems = draw(comparison, base, group, iou_type, folder)
+        else:
+            drawn, problems = [], [f"No images are drawn: {folder} is no folder."]
+        notes += [text for text in problems if text not in notes]
+        if drawn:
+            title = f"{group.label} against {base.name}, {TITLES[iou_type]}"
+            found.append({"title": title, "images": drawn})
+    return found, notes
 
 
 def differing_images(base: Group, other: Group, iou_type: str) -> List[Tuple[int, float]]:
@@ -66,14 +99,14 @@ def draw(
         if key not in chosen:
             continue
         try:
-            if not isinstance(name, str) or not name:
+            if not name:
                 raise UserError(f"image {key} has no file_name")
             pixels[key] = read_rgb(folder / name, comparison.gt.sizes[key])
         except UserError as e:
             notes.append(f"Not drawn: {e}")
     truth = _by_image(comparison.gt.dataset["annotations"], pixels.keys())
     found = [_typical_detections(g, iou_type, pixels.keys()) for g in (base, other)]
-    pictures = []
+    drawn = []
     for key, delta in chosen.items():
         if key not in pixels:
             continue
@@ -81,12 +114,13 @@ def draw(
         panels = [("ground truth", truth[key])]
         for group, entries in zip((base, other), found):
             panels.append((group.name, sorted(entries[key], key=lambda e: -e["score"])[:count]))
-        drawn = [(t, _panel(comparison.gt, pixels[key], e, iou_type)) for t, e in panels]
-        pictures.append({"id": key, "delta": delta, "panels": drawn})
-    return pictures, notes
+        uris = [(t, _panel(comparison.gt, pixels[key], e, iou_type)) for t, e in panels]
+        drawn.append({"id": key, "delta": delta, "panels": uris})
+    return drawn, notes
 
 
-def _typical_detections(group: Group, iou_type: str, ids: Collection[int]
+def _typical_detections(
+    group: Group, iou_type: str, ids: Collection[int]
 ) -> Dict[int, List[Dict[str, Any]]]:
     scores = group.scores[iou_type]
     means = _image_means(scores)
@@ -100,7 +134,8 @@ def _typical_detections(group: Group, iou_type: str, ids: Collection[int]
     return found
 
 
-def _by_image(entries: List[Dict[str, Any]], ids: Collection[int]
+def _by_image(
+    entries: List[Dict[str, Any]], ids: Collection[int]
 ) -> Dict[int, List[Dict[str, Any]]]:
     found: Dict[int, List[Dict[str, Any]]] = {key: [] for key in ids}
     for entry in entries:
@@ -123,8 +158,9 @@ def _panel(gt: GroundTruth, rgb: np.ndarray, entries: List[Dict[str, Any]], iou_
             color = _COLORS[order[entry["category_id"]] % len(_COLORS)]
             x, y, w, h = _box(entry, gt)
             if iou_type == "segm":
-                mask = gt.coco.ann_to_mask({**entry, "id": 0})
-                shape = np.pad(mask, 1)  # a mask at the image's edge is outlined there, too
+                shape = np.pad(
+                    gt.coco.ann_to_mask(_mask_fields(entry)), 1
+                )  # a mask at the image's edge is outlined there, too
                 at = np.arange(-0.5, width + 1), np.arange(-0.5, height + 1)
                 ax.contourf(*at, shape, levels=[0.5, 1.5], colors=[color], alpha=0.4)
                 ax.contour(*at, shape, levels=[0.5], colors=[color], linewidths=1)
@@ -145,7 +181,11 @@ def _panel(gt: GroundTruth, rgb: np.ndarray, entries: List[Dict[str, Any]], iou_
 
 def _box(entry: Dict[str, Any], gt: GroundTruth) -> List[float]:
     """x, y, width, height in pixels; of the mask, where a detection has no box."""
-    return entry.get("bbox") or mask_util.toBbox(gt.coco.ann_to_rle({**entry, "id": 0})).tolist()
+    return entry.get("bbox") or mask_util.toBbox(gt.coco.ann_to_rle(_mask_fields(entry))).tolist()
+
+
+def _mask_fields(entry: Dict[str, Any]) -> Dict[str, Any]:
+    return {"id": 0, **{k: entry[k] for k in ("image_id", "category_id", "segmentation")}}
 
 
 def _label(entry: Dict[str, Any], names: Dict[int, str]) -> str:

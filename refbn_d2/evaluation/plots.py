@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .comparison import Comparison, Group
+from .printable import printable
 from .runs import training_log
 from .text import TITLES
 
@@ -26,6 +27,7 @@ COLORS = ["#8c8c8c", "#2f86d6", "#d9772b", "#2a9d6f", "#b65fc2", "#b08d12", "#cf
 MARKERS = "osD^vPX*"
 LINES = ["-", "--", "-.", ":"]
 _RC = {
+    "text.parse_math": False,  # a "$" in a name is a "$"
     "svg.fonttype": "none",  # text stays text: small, searchable, in the page's colour
     "font.family": "sans-serif",
     "font.size": 10.5,
@@ -48,7 +50,7 @@ def _figure(height: float, width_ratios: Sequence[int] = (1,)):
 
 
 def _svg(figure: Figure, title: str) -> str:
-    buffer = io.StringIO()
+    title, buffer = printable(title), io.StringIO()
     # A salt of its own keeps the ids of a page's figures apart; no date: the same bytes again.
     with matplotlib.rc_context({"svg.hashsalt": title}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -75,6 +77,10 @@ def _styles(comparison: Comparison) -> Dict[str, Tuple[str, str, str]]:
     return dict(zip(names, pool))
 
 
+def _name(text: str) -> str:
+    return printable(text, 60)
+
+
 def _legend(ax, handles, labels) -> None:
     unique = dict(zip(labels, handles))
     ax.legend(unique.values(), unique.keys(), frameon=False, fontsize=9)
@@ -91,7 +97,7 @@ def ap_per_seed(comparison: Comparison, iou_type: str) -> str:
         ap = [s.table["AP"] for s in group.scores[iou_type]]
         ax.plot(ap, [row] * len(ap), marker, color=color, markersize=7, alpha=0.85, clip_on=False)
         ax.plot([np.mean(ap)] * 2, [row - 0.3, row + 0.3], color=_INK, linewidth=1.6)
-    ax.set_yticks(range(len(groups)), [g.label for g in groups])
+    ax.set_yticks(range(len(groups)), [_name(g.label) for g in groups])
     ax.set_ylim(len(groups) - 0.4, -0.6)
     ax.set_xlabel(f"{TITLES[iou_type]} AP")
     return _svg(figure, f"{TITLES[iou_type]} AP per seed")
@@ -106,7 +112,7 @@ def precision_recall(comparison: Comparison, groups: Sequence[Group], iou_type: 
         for group in groups:
             color, _, line = styles[group.name]
             curve = np.mean([s.precision[row] for s in group.scores[iou_type]], axis=0)
-            ax.plot(recall, curve, line, color=color, linewidth=1.8, label=group.name)
+            ax.plot(recall, curve, line, color=color, linewidth=1.8, label=_name(group.name))
         ax.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", title=f"IoU {iou}")
         ax.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
     axes[0].set_ylabel("precision")
@@ -131,10 +137,16 @@ def training_curves(comparison: Comparison, groups: Sequence[Group]) -> List[str
             color, marker, line = styles[name]
             dots = marker if len(points) < 30 else None
             ax.plot(
-                *points.T, line, marker=dots, markersize=4, color=color, linewidth=1.2, label=name
+                *points.T,
+                line,
+                marker=dots,
+                markersize=4,
+                color=color,
+                linewidth=1.2,
+                label=_name(name),
             )
         ax.set(xlabel="iteration", ylabel=title)
-        ax.set_title(groups[0].condition, fontsize=10.5)
+        ax.set_title(_name(groups[0].condition), fontsize=10.5)
         _legend(ax, *ax.get_legend_handles_labels())
         figures.append(_svg(figure, f"training: {title} {groups[0].condition}"))
     return figures
@@ -182,7 +194,7 @@ def _condition_panel(ax, comparison: Comparison, iou_type, axis, other, panel) -
         ]
         found.sort(key=lambda pair: pair[0])
         means = [g.mean(iou_type, "AP") for _, g in found]
-        ax.plot([x for x, _ in found], means, line, color=color, linewidth=1.6, label=name)
+        ax.plot([x for x, _ in found], means, line, color=color, linewidth=1.6, label=_name(name))
         for x, group in found:
             ap = [s.table["AP"] for s in group.scores[iou_type]]
             ax.plot([x] * len(ap), ap, marker, color=color, markersize=5, alpha=0.8)
@@ -199,7 +211,7 @@ def category_bars(rows: Sequence[Tuple[str, float]], title: str) -> str:
     for bar, value in zip(bars, values):
         bar.set(hatch="" if value >= 0 else "///", edgecolor=_INK, linewidth=0.4)
     ax.axvline(0, color=_INK, linewidth=0.8)
-    ax.set_yticks(range(len(rows)), [name for name, _ in rows])
+    ax.set_yticks(range(len(rows)), [_name(name) for name, _ in rows])
     ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.set_xlabel("difference of AP")
     return _svg(figure, title)

@@ -6,21 +6,28 @@ import os
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Sequence
 
 from .. import __version__
 from ..errors import UserError
 from .ap import METRICS
 from .comparison import Comparison
+from .html import html
 from .interval import CONFIDENCE, EFFECT, POWER
 from .markdown import markdown
+from .pictures import pictures
 from .text import model_text
 
 __all__ = ["as_json", "check_output", "write_report"]
 
 
-def as_json(comparison: Comparison) -> Dict[str, Any]:
-    """The content of report.json; AP in percent, None where there is nothing to measure."""
+def as_json(comparison: Comparison, notes: Sequence[str] = ()) -> Dict[str, Any]:
+    """The content of report.json; AP in percent, None where there is nothing to measure.
+
+    Args:
+        comparison: of ``comparison.compare``.
+        notes: sentences on what the report could not show.
+    """
     gt = comparison.gt
     content = {
         "meta": {
@@ -49,6 +56,7 @@ def as_json(comparison: Comparison) -> Dict[str, Any]:
             for label, g in comparison.groups.items()
         },
         "warnings": comparison.warnings,
+        "notes": list(notes),
         "failed": [_plain(asdict(run)) for run in comparison.failed],
     }
     return _without_nan(content)
@@ -105,12 +113,12 @@ def write_report(comparison: Comparison, folder: Path, images: Optional[Path] = 
     Returns:
         the files.
     """
-    from .html import html
-
+    drawn, notes = pictures(comparison, images)
+    content = as_json(comparison, notes)
     texts = {
-        "report.json": json.dumps(as_json(comparison), indent=1, allow_nan=False) + "\n",
-        "report.md": markdown(comparison),
-        "report.html": html(comparison, images),
+        "report.json": json.dumps(content, indent=1, allow_nan=False) + "\n",
+        "report.md": markdown(comparison, notes),
+        "report.html": html(comparison, notes, drawn),
     }
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".report-") as partial:

@@ -12,7 +12,7 @@ import numpy as np
 
 from .rle import rle_problem
 
-__all__ = ["box_problem", "is_int", "is_number", "masks_problem"]
+__all__ = ["box_problem", "is_int", "is_number", "is_size", "masks_problem"]
 
 # Pixels along the outline of one polygon. pycocotools takes 40 bytes for each.
 _MAX_OUTLINE = 10_000_000
@@ -28,6 +28,11 @@ def is_number(value: Any) -> bool:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return False
     return abs(value) <= sys.float_info.max
+
+
+def is_size(value: Any, size: Tuple[int, int]) -> bool:
+    """Whether ``value`` is the [height, width] of an image of ``size``, in integers."""
+    return isinstance(value, list) and value == list(size) and all(map(is_int, value))
 
 
 def box_problem(box: Any) -> str:
@@ -102,7 +107,7 @@ def _runs_problem(mask: Any, size: Tuple[int, int]) -> str:
             f"segmentation {_short(mask)} is neither a list of polygons nor "
             '{"size": [h, w], "counts": ...}'
         )
-    if mask.get("size") != list(size):
+    if not is_size(mask.get("size"), size):
         return f"RLE of size {_short(mask.get('size'))}, its image is {list(size)}"
     runs = mask["counts"]
     if isinstance(runs, list):

@@ -17,8 +17,8 @@ __all__ = ["read_rgb"]
 _FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
 # What Pillow's decoders raise on damaged files.
 _DAMAGED = (
-    OSError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, SyntaxError, MemoryError,
-    struct.error, zlib.error, Image.DecompressionBombError,
+    OSError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, SyntaxError,
+    MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 
 

@@ -199,8 +199,8 @@ TRUTHS = {
     },
     **{f"runs {v!r}": ((A, 0, G, R), v, "") for v in (None, "", "~~", 5, [1], [-1, 102401], ["a"])},
     "category without a name": ((C, 0, "name"), DROP, None),
-    "category whose name is a list": ((C, 0, "name"), [1], ""),
-    "name of an image is a number": ((P, 0, "file_name"), 3, ""),
+    "category whose name is a list": ((C, 0, "name"), [1], "is not text"),
+    "name of an image is a number": ((P, 0, "file_name"), 3, "is not text"),
 }
 
 

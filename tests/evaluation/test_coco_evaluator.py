@@ -1,5 +1,7 @@
 """detectron2's evaluator with hotcoco gives the result dict that it gives with pycocotools."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -88,6 +90,30 @@ def test_nothing_detected_and_another_limit(data_set, content):
     ours = FastCOCOEvaluator(data_set, **options)
     expected = results_of(theirs, content, found)
     np.testing.assert_equal(results_of(ours, content, found), expected)
+
+
+@pytest.mark.parametrize("first", [0, -5])
+def test_ids_of_annotations_do_not_matter(first, content, write, data_set):
+    """pycocotools alone calls an object with id 0 missed, and hotcoco refuses negative ids."""
+    changed = copy.deepcopy(content)
+    for n, annotation in enumerate(changed["annotations"]):
+        annotation["id"] = first + n
+        if not annotation["iscrowd"]:
+            del annotation["iscrowd"]
+    name = f"generated_from_{first}"
+    MetadataCatalog.get(name).set(
+        **{
+            **MetadataCatalog.get(data_set).as_dict(),
+            "name": name,
+            "json_file": str(write(changed)),
+        }
+    )
+    found = generated.detections(content)
+    expected = results_of(COCOEvaluator(data_set, distributed=False), content, found)
+    for backend in ("hotcoco", "pycocotools"):
+        ours = FastCOCOEvaluator(name, distributed=False, backend=backend)
+        np.testing.assert_equal(results_of(ours, content, found), expected)
+    MetadataCatalog.remove(name)
 
 
 def test_unknown_backend(data_set):

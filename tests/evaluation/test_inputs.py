@@ -5,6 +5,7 @@ import copy
 import pytest
 
 from refbn_d2.errors import UserError
+from refbn_d2.evaluation.ap import evaluate
 from refbn_d2.evaluation.inputs import load_ground_truth, load_results
 from tests.evaluation import generated
 
@@ -30,7 +31,9 @@ BAD_RESULTS = {
     "a number": (3, "must be a list"),
     "not an entry": ([7], "entry 0: is a int"),
     "unknown image": ([entry(), entry(image_id=999)], "entry 1: unknown image_id 999"),
-    "image as text": ([entry(image_id="1")], "unknown image_id 1"),
+    "image as text": ([entry(image_id="1")], "unknown image_id 1, a str"),
+    "image as float": ([entry(image_id=1.0)], "unknown image_id 1.0, a float"),
+    "category as text": ([entry(category_id="1")], "unknown category_id 1, a str"),
     "no image": ([entry(image_id=...)], "unknown image_id None"),
     "unknown category": ([entry(category_id=99)], "unknown category_id 99"),
     "NaN score": ([entry(score=NAN)], "score nan"),
@@ -103,6 +106,13 @@ BAD_TRUTH = {
     "without categories": (change(["categories"], ...), "no list of categories"),
     "image twice": (change(["images", 1, "id"], 1), "id 1 occurs twice in images"),
     "annotation twice": (change(["annotations", 1, "id"], 1), "occurs twice in annotations"),
+    "image id as text": (change(["images", 0, "id"], "1"), "images[0] has no integer id, but '1'"),
+    "negative image id": (change(["images", 0, "id"], -1), "images[0] has id -1"),
+    "image of another type": (change(["annotations", 0, "image_id"], 1.0), "1.0, a float"),
+    "size as float": (
+        change(["annotations", 0, "segmentation", "size"], [320.0, 320]),
+        "RLE of size [320.0, 320]",
+    ),
     "no size": (change(["images", 0, "height"], ...), "image 1 has no height and width"),
     "unknown image": (change(["annotations", 0, "image_id"], 99), "unknown image 99"),
     "unknown category": (change(["annotations", 0, "category_id"], 99), "unknown category 99"),
@@ -121,6 +131,32 @@ def test_bad_ground_truth(case, content, write):
     with pytest.raises(UserError) as error:
         load_ground_truth(file, IOU_TYPES)
     assert str(file) in str(error.value) and words in str(error.value)
+
+
+def test_fields_that_do_not_matter_may_be_anything(content, write):
+    """Also ids of annotations: nothing refers to them."""
+    changed = copy.deepcopy(content)
+    for n, annotation in enumerate(changed["annotations"]):
+        annotation.update(id=-n, extra=object.__name__, keypoints=3)
+    changed["images"][0].update(license=[1], file_name="\ud800.png")
+    changed["categories"][0].update(name="\ud800", supercategory=[1])
+    gt = load_ground_truth(write(changed), IOU_TYPES)
+    assert gt.categories[1] == "\ud800"
+    found = load_results(write([entry(id="x", area="large")]), gt, IOU_TYPES)
+    score = evaluate(gt, generated.detections(content) + found, "segm").table["AP"]
+    same = reference_ap(content, generated.detections(content) + [entry()])
+    assert score == pytest.approx(same, abs=1e-9)
+
+
+def reference_ap(content, found):
+    return 100 * generated.reference(content, found, "segm").stats[0]
+
+
+def test_categories_of_one_name_are_told_apart(content, write):
+    changed = copy.deepcopy(content)
+    changed["categories"][1]["name"] = changed["categories"][0]["name"]
+    names = load_ground_truth(write(changed), IOU_TYPES).categories
+    assert names == {1: "kind 1 (id 1)", 2: "kind 1 (id 2)", 3: "kind 3", 4: "kind 4"}
 
 
 def test_ground_truth_that_is_results(write):
