@@ -6,6 +6,8 @@ from typing import Optional
 
 from torch import Tensor, nn
 
+from .tracing import as_leaf
+
 __all__ = ["ActivatedNorm", "activated_source", "with_activation"]
 
 
@@ -20,6 +22,10 @@ class ActivatedNorm(nn.Module):
     norm_kind: type
 
     def forward(self, x: Tensor) -> Tensor:
+        """As the norm's, then ``drop`` and ``act``."""
+        leaf = as_leaf(self, x)  # here, so that the leaf is the norm with its activation
+        if leaf is not None:
+            return leaf
         return self.act(self.drop(super().forward(x)))
 
     def __reduce__(self):

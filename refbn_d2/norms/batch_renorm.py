@@ -1,6 +1,7 @@
 """BatchRenorm2d: BatchNorm corrected towards its moving averages."""
 
-from typing import Optional, Tuple
+from collections import deque
+from typing import Deque, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from .functional import batch_moments
 from .running import count_batch
+from .tracing import as_leaf, in_backward
 
 __all__ = ["BatchRenorm2d"]
 
@@ -15,6 +17,10 @@ _R_MAX, _D_MAX = 3.0, 5.0
 # The paper's schedule (section 4.2): plain BatchNorm for 5k steps, then d_max grows until step 25k
 # and r_max until step 40k. Here as fractions of the last of these.
 _START, _D_END, _R_END = 5 / 40, 25 / 40, 1.0
+
+# Mean of the batch, r and d of forward passes whose backward pass may be to come.
+Recent = Deque[Tuple[Tensor, Tensor, Tensor]]
+_MAX_RECENT = 32
 
 
 class BatchRenorm2d(nn.BatchNorm2d):
@@ -38,6 +44,10 @@ class BatchRenorm2d(nn.BatchNorm2d):
     BatchNorm's, a BatchNorm checkpoint's statistics mean the same here, and evaluation is
     ``F.batch_norm``, without special cases in freezing, fusing and exporting. Unlike BatchNorm's,
     this ``running_var`` has no Bessel correction; the paper has none.
+
+    **Activation checkpointing** runs the forward pass again during the backward pass, when the
+    moving averages have moved. r and d are then those of the first pass, and nothing moves again.
+    That holds for the last 32 calls of the layer before the backward pass.
 
     An empty batch gives an empty output that carries a gradient, and updates nothing.
 
@@ -67,6 +77,8 @@ class BatchRenorm2d(nn.BatchNorm2d):
             raise ValueError("Batch Renormalization needs running statistics, in training too")
         super().__init__(num_features, eps, momentum, **kwargs)
         self.schedule_steps = schedule_steps
+        self._recent: Recent = deque(maxlen=_MAX_RECENT)
+        self._recomputed = False
 
     def limits(self) -> Tuple[Tensor, Tensor]:
         """(r_max, d_max) of the next training step, float64 scalars."""
@@ -78,6 +90,10 @@ class BatchRenorm2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalizes x, (N, C, H, W); same shape, dtype and memory format out."""
+        if not torch.jit.is_scripting():
+            leaf = as_leaf(self, x)
+            if leaf is not None:
+                return leaf
         self._check_input_dim(x)
         if self.training:
             return self._forward_in_training(x)
@@ -91,6 +107,7 @@ class BatchRenorm2d(nn.BatchNorm2d):
             stats = self.running_mean, self.running_var
             return F.batch_norm(x, *stats, self.weight, self.bias, training=False, eps=self.eps)
 
+        recomputes = not torch.compiler.is_compiling() and in_backward()
         with torch.no_grad():
             mean, var = batch_moments(x)
             sigma_batch = torch.sqrt(var + self.eps)
@@ -98,6 +115,10 @@ class BatchRenorm2d(nn.BatchNorm2d):
             r_max, d_max = (limit.to(var.dtype) for limit in self.limits())
             r = torch.clamp(sigma_batch / sigma, 1 / r_max, r_max)
             d = torch.clamp((mean - self.running_mean.to(mean.dtype)) / sigma, -d_max, d_max)
+            if recomputes:
+                r, d = self._recall(mean, r, d)
+            elif not torch.compiler.is_compiling():
+                self._remember(mean, r, d)
         # weight (x_hat r + d) + bias is BatchNorm with these, and has its gradient and its kernel.
         weight, bias = r, d
         if self.weight is not None:
@@ -106,6 +127,8 @@ class BatchRenorm2d(nn.BatchNorm2d):
             bias = bias + self.bias.to(d.dtype)
         y = F.batch_norm(x, None, None, weight, bias, training=True, eps=self.eps)
 
+        if recomputes:  # the batch was counted in the first pass
+            return y
         with torch.no_grad():
             factor = count_batch(self)
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
@@ -113,6 +136,27 @@ class BatchRenorm2d(nn.BatchNorm2d):
             running_var = torch.lerp(sigma, sigma_batch, factor).square() - self.eps
             self.running_var.copy_(running_var.clamp_(min=0))
         return y
+
+    def _remember(self, mean: Tensor, r: Tensor, d: Tensor) -> None:
+        if self._recomputed:  # a new step: the passes before it are through
+            self._recent.clear()
+            self._recomputed = False
+        self._recent.append((mean, r, d))
+
+    def _recall(self, mean: Tensor, r: Tensor, d: Tensor) -> Tuple[Tensor, Tensor]:
+        """r and d of the pass that is recomputed, which is known by the mean of its batch."""
+        self._recomputed = True
+        for old_mean, old_r, old_d in self._recent:
+            same = (old_mean == mean).all()
+            r, d = torch.where(same, old_r, r), torch.where(same, old_d, d)
+        return r, d
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k != "_recent"}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._recent, self._recomputed = deque(maxlen=_MAX_RECENT), False
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, schedule_steps={self.schedule_steps}"

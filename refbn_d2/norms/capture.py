@@ -16,10 +16,11 @@ __all__ = ["capture"]
 def capture(model: nn.Module, gather: Optional[Gather] = None) -> Iterator[List[Tuple[str, int]]]:
     """Within the block, each forward pass of ``model`` feeds the references of its layers.
 
-    The model runs in training mode without gradients. Each layer normalizes by the reference it is
-    taking, so that deeper layers see normalized input (eq. 11-12). Everything else about the model
-    is as before when the block ends: training flags, running statistics, other buffers. If the
-    block raises, or a layer saw too little to take a reference from, so are the references.
+    The model runs without gradients, each module in the mode it is in: what you hold in evaluation,
+    such as a frozen BatchNorm, evaluates. Reference layers, in whatever mode, normalize by the
+    reference they are taking, so that deeper layers see normalized input (eq. 11-12). Running
+    statistics and other buffers are as before when the block ends. If the block raises, or a layer
+    saw too little to take a reference from, so are the references.
 
     Args:
         model: a module with layers derived from :class:`~refbn_d2.norms.ReferenceNorm2d`.
@@ -36,7 +37,6 @@ def capture(model: nn.Module, gather: Optional[Gather] = None) -> Iterator[List[
             model(images)
     """
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, ReferenceNorm2d)]
-    training = {m: m.training for m in model.modules()}
     # A pass in training mode also moves the statistics of norms that take no reference, in place
     # or by putting another tensor there.
     buffers = [
@@ -49,14 +49,11 @@ def capture(model: nn.Module, gather: Optional[Gather] = None) -> Iterator[List[
     for layer, m in moments.items():
         layer._moments = m
     try:
-        model.train()
         with torch.no_grad():
             yield taken
     finally:
         for layer in moments:
             layer._moments = None
-        for m, mode in training.items():
-            m.training = mode
         with torch.no_grad():
             for m, name, buffer, value in buffers:
                 buffer.copy_(value)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import sample_norm, statistics_dtype
+from .tracing import as_leaf
 
 __all__ = ["InstanceNorm2d"]
 
@@ -34,6 +35,9 @@ class InstanceNorm2d(nn.InstanceNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalizes x, (N, C, H, W); same shape and dtype out."""
+        leaf = as_leaf(self, x)
+        if leaf is not None:
+            return leaf
         if x.dim() != 4 or x.shape[1] != self.num_features:
             raise ValueError(
                 f"expected (N, {self.num_features}, H, W), got an input of shape {tuple(x.shape)}"

@@ -1,20 +1,37 @@
 """ReferenceNorm2d, the base of every norm that holds a reference."""
 
 import logging
-from typing import Optional
+from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import BatchStatistics, batch_statistics
-from .moments import Moments
+from .functional import BatchStatistics, batch_statistics, statistics_dtype
+from .moments import Gather, Moments
+from .processes import agreement_group, all_gather, warn_of_own_references
+from .tracing import as_leaf
 
 __all__ = ["ReferenceNorm2d"]
 
 logger = logging.getLogger(__name__)
 
-_REFERENCE_KEYS = ("ref_mean", "ref_var", "ref_captured")
+_REFERENCE_KEYS = ("ref_mean", "ref_var", "ref_captured", "ref_size")
+
+
+class _HostNotes:
+    """What the host remembers about ``ref_captured``. A hint that saves time, never the truth.
+
+    Attributes:
+        captured: the buffer and its version counter when it was last known to say "captured".
+            Anything that writes the buffer in place raises the counter; anything that puts another
+            tensor there makes another object of it. Either way the note no longer fits.
+        looked: whether the buffer was read before, in a training step.
+    """
+
+    def __init__(self):
+        self.captured: Optional[Tuple[Tensor, int]] = None
+        self.looked = False
 
 
 class ReferenceNorm2d(nn.BatchNorm2d):
@@ -28,16 +45,28 @@ class ReferenceNorm2d(nn.BatchNorm2d):
 
     Subclasses say in :meth:`_normalize` how a training batch is normalized by the reference.
 
+    **State.** The buffers are all there is to know about the reference. Whatever writes them, in
+    place or by putting other tensors there, thereby sets or drops it: a state dict, a distributed
+    checkpoint, an average of models, DistributedDataParallel's broadcast, a replica of
+    DataParallel, ``torch.func.functional_call``. A training step must not wait for the device to
+    read ``ref_captured``, so the host notes at which version of the buffer it knew a reference to
+    be there. While the note fits (``Tensor._version``, kept on the host), the step uses the
+    reference. When it does not fit, the first such step of a layer reads the buffer once; later
+    ones let the device choose between the reference and the batch (``torch.where``). Writes through
+    ``tensor.data`` do not raise the version: after such a write that *drops* the reference, call
+    :meth:`drop_reference`. Under ``torch.compile``, too, only load_state_dict and drop_reference
+    drop a reference that the layer used before.
+
     Buffers:
         ref_mean: (num_features,), mean of the reference batch (eq. 11).
         ref_var: (num_features,), its biased variance (eq. 12).
-        ref_captured: bool scalar, whether the above have been taken.
-        ref_size: int scalar, number of samples they come from; 0 where nobody said. Part of the
-            state dict only of a norm that needs it.
+        ref_captured: floating scalar, 1 if the above have been taken, else 0. An average over
+            models with and without a reference counts as captured from 1/2 on. (A bool, as in
+            version 0.1, cannot be averaged.)
+        ref_size: floating scalar, number of samples that the reference comes from; 0 if unknown.
     """
 
     _fallback_logged = False
-    _needs_size = False
 
     def __init__(
         self,
@@ -49,22 +78,24 @@ class ReferenceNorm2d(nn.BatchNorm2d):
         track_running_stats: bool = True,
         device=None,
         dtype=None,
+        bias: bool = True,
     ):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:
+            self.register_parameter("bias", None)
         factory = {"device": device, "dtype": dtype}
         self.register_buffer("ref_mean", torch.zeros(num_features, **factory))
         self.register_buffer("ref_var", torch.ones(num_features, **factory))
-        self.register_buffer("ref_captured", torch.tensor(False, device=device))
-        self.register_buffer("ref_size", torch.tensor(0, device=device), self._needs_size)
-        # A copy of ref_captured on the host: reading the buffer would wait for the GPU each step.
-        self._has_reference = False
+        self.register_buffer("ref_captured", torch.zeros((), **factory))
+        self.register_buffer("ref_size", torch.zeros((), **factory))
+        self._notes = _HostNotes()
         # Set while norms.capture() runs.
         self._moments: Optional[Moments] = None
 
     @property
     def has_reference(self) -> bool:
-        """Whether a reference is held."""
-        return self._has_reference
+        """Whether a reference is held. Reads the buffer, which waits for its device."""
+        return bool(self.ref_captured >= 0.5)
 
     @torch.no_grad()
     def set_reference(
@@ -85,8 +116,8 @@ class ReferenceNorm2d(nn.BatchNorm2d):
         self.ref_mean.copy_(mean)
         self.ref_var.copy_(var)
         self.ref_size.fill_(size)
-        self.ref_captured.fill_(True)
-        self._has_reference = True
+        self.ref_captured.fill_(1)
+        self._note_captured()
 
     def check_reference(self, count: Optional[int], size: int) -> None:
         """Raises a ValueError if so few values cannot be a reference."""
@@ -101,16 +132,34 @@ class ReferenceNorm2d(nn.BatchNorm2d):
         if "ref_captured" in self._buffers:  # the base class calls this before they exist
             self.drop_reference()
 
+    @torch.no_grad()
     def drop_reference(self) -> None:
         """Forgets the reference, as if none had been captured."""
         self.ref_mean.zero_()
         self.ref_var.fill_(1)
         self.ref_size.zero_()
-        self.ref_captured.fill_(False)
-        self._has_reference = False
+        self.ref_captured.zero_()
+        self._notes.captured = None
+
+    def _note_captured(self) -> None:
+        flag = self.ref_captured
+        if not torch.compiler.is_compiling():
+            # Tensors of inference mode have no version: nothing can be known about them for long.
+            self._notes.captured = None if flag.is_inference() else (flag, flag._version)
+
+    def _is_noted(self) -> bool:
+        """Whether the host knows that a reference is held, without waiting for the device."""
+        noted, flag = self._notes.captured, self.ref_captured
+        if noted is None or torch.compiler.is_compiling():
+            return noted is not None
+        return noted[0] is flag and not flag.is_inference() and noted[1] == flag._version
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalizes x, (N, C, H, W); same shape, dtype and memory format out."""
+        if not torch.jit.is_scripting():
+            leaf = as_leaf(self, x)
+            if leaf is not None:
+                return leaf
         self._check_input_dim(x)
         if self._moments is None and self._by_running_stats():
             # BatchNorm's own forward pass, which TorchScript cannot call from here.
@@ -124,10 +173,10 @@ class ReferenceNorm2d(nn.BatchNorm2d):
         self._check_channels(x)
         if self._moments is not None:
             return self._capture(x)
+        if not self._is_noted():
+            self._provide_reference(x)
         if x.numel() == 0:
             return self._affine(x)
-        if not self._has_reference:
-            self._take_reference(batch_statistics(x))
         return self._normalize(x)
 
     def _check_channels(self, x: Tensor) -> None:
@@ -152,6 +201,55 @@ class ReferenceNorm2d(nn.BatchNorm2d):
         self._moments.add(x)
         return self._affine(x, self._moments.mean, self._moments.var)
 
+    @torch.no_grad()
+    def _provide_reference(self, x: Tensor) -> None:
+        """Makes sure that there is a reference: the one held, or else the statistics of x."""
+        count = x.numel() // x.shape[1]
+        held, group = None, None
+        if not torch.compiler.is_compiling():
+            group = agreement_group() if self.training else None
+            # A second look in training would be one at a buffer that is rewritten now and then,
+            # perhaps in every step. It is worth waiting for only where the answer is needed here.
+            if not (self._notes.looked and self.training and group is None and count > 1):
+                held = self._read()
+                self._notes.looked = True
+        if held is None:
+            if self.training and count > 0:
+                self._choose_reference(batch_statistics(x))
+        elif held:
+            self._note_captured()
+        elif group is not None:
+            self._take_together(x, all_gather(group))
+        elif count > 0:
+            self._take_reference(batch_statistics(x))
+            warn_of_own_references()
+
+    def _read(self) -> Optional[bool]:
+        """:attr:`has_reference`, or None without values to read: on the meta device, in a trace."""
+        try:
+            return self.has_reference
+        except RuntimeError:
+            return None
+
+    def _choose_reference(self, batch: BatchStatistics) -> None:
+        """On the device: keeps the reference if it is held, and takes the batch's if it is not."""
+        held = self.ref_captured >= 0.5
+        for buffer, value in ((self.ref_mean, batch.mean), (self.ref_var, batch.var)):
+            buffer.copy_(torch.where(held, buffer, value.to(buffer.dtype)))
+        size = torch.full_like(self.ref_size, batch.samples)
+        self.ref_size.copy_(torch.where(held, self.ref_size, size))
+        self.ref_captured.fill_(1)
+        self._note_captured()
+
+    def _take_together(self, x: Tensor, gather: Gather) -> None:
+        """The first batches of all processes together become the reference of each of them."""
+        moments = Moments(gather)
+        moments.add(x)
+        if moments.count > 0:
+            dtype = statistics_dtype(x)
+            mean, var = moments.mean.to(dtype), moments.var.to(dtype)
+            self._take_reference(BatchStatistics(moments.samples, moments.count, mean, var))
+
     def _take_reference(self, batch: BatchStatistics) -> None:
         """The first batch becomes the reference where nobody captured one."""
         if not self.training:
@@ -173,15 +271,41 @@ class ReferenceNorm2d(nn.BatchNorm2d):
         self.set_reference(batch.mean, batch.var, batch.count, batch.samples)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        self.ref_size.zero_()  # of another reference, unless it is in the state dict
-        keys = [prefix + k for k in (*_REFERENCE_KEYS, *["ref_size"] * self._needs_size)]
-        if not any(k in state_dict for k in keys):
+        self._notes.captured = None
+        # Without the counter, which old checkpoints lack.
+        names = (*self._parameters, *self._buffers)
+        names = [n for n in names if n not in (*_REFERENCE_KEYS, "num_batches_tracked")]
+        wanted = [prefix + n for n in names if getattr(self, n) is not None]
+        found = [state_dict[k] for k in wanted if k in state_dict]
+        if any(prefix + k in state_dict for k in _REFERENCE_KEYS):
+            self._complete_version_0_1(state_dict, prefix)
+        elif not wanted:  # no state but the reference's: the state dict cannot say anything
+            state_dict.update({prefix + k: getattr(self, k) for k in _REFERENCE_KEYS})
+        elif len(found) == len(wanted):
             # A BatchNorm checkpoint. A reference held so far is that of other weights.
-            self.drop_reference()
-            state_dict = {**state_dict, **{k: getattr(self, k[len(prefix) :]) for k in keys}}
+            for k in _REFERENCE_KEYS:
+                empty = torch.ones_like if k == "ref_var" else torch.zeros_like
+                state_dict[prefix + k] = empty(getattr(self, k), device=found[0].device)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._has_reference = bool(self.ref_captured)
+
+    def _complete_version_0_1(self, state_dict, prefix: str) -> None:
+        """Version 0.1 had a bool for ref_captured, and ref_size only, as an int, in VBN."""
+        captured = state_dict.get(prefix + "ref_captured")
+        if captured is None:
+            return
+        dtype = self.ref_captured.dtype
+        state_dict[prefix + "ref_captured"] = captured.to(dtype)
+        size = state_dict.get(prefix + "ref_size", torch.zeros_like(captured))
+        state_dict[prefix + "ref_size"] = size.to(dtype)
+
+    def __getstate__(self):
+        # Notes are about this object's tensors; a copy has others.
+        return {k: v for k, v in self.__dict__.items() if k != "_notes"}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._notes = _HostNotes()
 
     def extra_repr(self) -> str:
-        held = "captured" if self._has_reference else "not captured"
+        held = {True: "captured", False: "not captured", None: "unknown"}[self._read()]
         return f"{super().extra_repr()}, reference={held}"

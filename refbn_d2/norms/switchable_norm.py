@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .functional import sample_norm, statistics_dtype
 from .running import update_running_stats
+from .tracing import as_leaf
 
 __all__ = ["SwitchableNorm2d"]
 
@@ -62,6 +63,9 @@ class SwitchableNorm2d(nn.InstanceNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalizes x, (N, C, H, W); same shape and dtype out."""
+        leaf = as_leaf(self, x)
+        if leaf is not None:
+            return leaf
         if x.dim() != 4 or x.shape[1] != self.num_features:
             raise ValueError(
                 f"expected (N, {self.num_features}, H, W), got an input of shape {tuple(x.shape)}"

@@ -1,13 +1,12 @@
 """SyncRefBatchNorm2d: RefBN of a batch that is spread over processes."""
 
-from typing import List
-
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from .functional import BatchStatistics, mixed_norm, statistics_dtype
 from .moments import Moments
+from .processes import all_gather
 from .ref_batch_norm import RefBatchNorm2d
 from .running import update_running_stats
 
@@ -46,7 +45,7 @@ class SyncRefBatchNorm2d(RefBatchNorm2d):
         if not self._synchronizes():
             return super()._forward_by_reference(x)
         self._check_channels(x)
-        moments = Moments(_all_gather)
+        moments = Moments(all_gather())
         moments.add(x)
         if moments.count == 0:
             return self._affine(x)
@@ -57,8 +56,10 @@ class SyncRefBatchNorm2d(RefBatchNorm2d):
         if self.pseudo_count == 0:
             if batch.count == 1:
                 raise ValueError(f"{self!r}: expected more than 1 value per channel, got 1")
-        elif not self.has_reference:
-            self._take_reference(batch)
+        elif not self._is_noted():
+            if not self.has_reference:
+                self._take_reference(batch)
+            self._note_captured()
         reference, affine = (self.ref_mean, self.ref_var), (self.weight, self.bias)
         y, mean, var = mixed_norm(
             x, batch, *reference, *affine, self.pseudo_count, self.eps, dist.all_reduce
@@ -72,9 +73,3 @@ class SyncRefBatchNorm2d(RefBatchNorm2d):
         if self._moments is not None or not self.training:
             return False
         return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _all_gather(part: Tensor) -> List[Tensor]:
-    parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, part)
-    return parts

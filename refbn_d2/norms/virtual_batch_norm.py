@@ -48,8 +48,6 @@ class VirtualBatchNorm2d(ReferenceNorm2d):
         affine, track_running_stats, device, dtype: as in nn.BatchNorm2d.
     """
 
-    _needs_size = True
-
     def check_reference(self, count: Optional[int], size: int) -> None:
         super().check_reference(count, size)
         if size < 1:
@@ -59,7 +57,12 @@ class VirtualBatchNorm2d(ReferenceNorm2d):
             )
 
     def _by_running_stats(self) -> bool:
-        return not (self.training or self.running_mean is None or self._has_reference)
+        if self.training or self.running_mean is None or self._is_noted():
+            return False
+        held = None if torch.compiler.is_compiling() else self._read()
+        if held:
+            self._note_captured()
+        return held is False
 
     def _normalize(self, x: Tensor) -> Tensor:
         dtype = statistics_dtype(x)
@@ -70,5 +73,10 @@ class VirtualBatchNorm2d(ReferenceNorm2d):
         # sq - mean^2, rearranged: as it stands it loses its digits where the mean is large.
         between = own * (1 - own) * (own_mean - ref_mean).square()
         var = own * own_var + (1 - own) * ref_var + between
+        if not self.training and self.running_mean is not None and not self._is_noted():
+            # In a trace, where the host cannot read which of the two it is.
+            held = self.ref_captured >= 0.5
+            mean = torch.where(held, mean, self.running_mean.to(dtype))
+            var = torch.where(held, var, self.running_var.to(dtype))
         update_running_stats(self, mean.detach().mean(dim=0), var.detach().mean(dim=0))
         return sample_norm(x, mean, var, self.weight, self.bias, self.eps)

@@ -14,6 +14,7 @@ from torch import distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from ..norms import ReferenceNorm2d, capture
+from ..norms.processes import all_gather
 from ..rng import forked_rng
 
 __all__ = ["capture_reference", "reference_layers"]
@@ -69,9 +70,10 @@ def capture_reference(
 ) -> Dict[str, Dict[str, float]]:
     """Takes the reference of every reference norm of ``model`` from one batch (eq. 11-12).
 
-    One forward pass in training mode, without gradients; see :func:`refbn_d2.norms.capture`. In an
-    R-CNN it includes proposals, the sampling of RoIs and the RoI heads. Neither the model (but for
-    its references) nor any random state is changed.
+    One forward pass without gradients, each module in the mode it is in; see
+    :func:`refbn_d2.norms.capture`. In an R-CNN in training mode it includes proposals, the sampling
+    of RoIs and the RoI heads. Neither the model (but for its references) nor any random state is
+    changed.
 
     With several processes every process must call this with the *same whole* batch. The images are
     split over them, the statistics are combined exactly, and every process ends with the same
@@ -103,17 +105,12 @@ def capture_reference(
     # Fewer images than processes: the rest receive the result.
     num_active = min(len(batch), world_size)
     group = dist.new_group(list(range(num_active))) if num_active < world_size else None
-
-    def gather(part: Tensor) -> List[Tensor]:
-        parts = [torch.empty_like(part) for _ in range(num_active)]
-        dist.all_gather(parts, part, group=group)
-        return parts
-
+    gather = all_gather(group) if world_size > 1 else None
     taken = []
     if rank < num_active:
         with forked_rng(seed), _OrderFreeRandperm(seed), _padded_to(height, width):
             # R-CNNs log statistics of each pass, and must be able to; this one is no training step.
-            with EventStorage(), capture(model, gather if world_size > 1 else None) as taken:
+            with EventStorage(), capture(model, gather) as taken:
                 model(batch[rank::num_active])
     if group is not None and rank < num_active:
         dist.destroy_process_group(group)

@@ -29,7 +29,7 @@ FORMATS = ("detectron2", "torchvision")
 NORMS = ("BN", "RefBN", "FrozenBN")
 
 _AFFINE = ("weight", "bias", "running_mean", "running_var")
-_REFERENCE = {"ref_mean", "ref_var", "ref_captured"}
+_REFERENCE = {"ref_mean", "ref_var", "ref_captured", "ref_size"}
 _BATCH_NORM = {*_AFFINE, "num_batches_tracked"}
 
 _DEPTHS = {  # (blocks of each stage, whether bottlenecks) -> MODEL.RESNETS.DEPTH

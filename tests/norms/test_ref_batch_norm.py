@@ -204,7 +204,7 @@ class TestState:
 
     def test_names_are_batch_norms_and_the_references(self):
         own = set(RefBatchNorm2d(3).state_dict()) - set(nn.BatchNorm2d(3).state_dict())
-        assert own == {"ref_mean", "ref_var", "ref_captured"}
+        assert own == {"ref_mean", "ref_var", "ref_captured", "ref_size"}
 
     def test_uncaptured_round_trip(self):
         target = _layer()
