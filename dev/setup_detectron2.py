@@ -130,6 +130,14 @@ def make_pure_python(root: Path) -> None:
     edit("setup.py", r"ext_modules=get_extensions\(\)", "ext_modules=[]")
     edit("detectron2/data/transforms/transform.py", r"\bImage\.LINEAR\b", "Image.BILINEAR")
     edit("detectron2/evaluation/coco_evaluation.py", r"use_fast_impl=True", "use_fast_impl=False")
+    # The sdist has no configs of the model zoo; its message should say so.
+    edit(
+        "detectron2/model_zoo/model_zoo.py",
+        r'"\{\} not available in Model Zoo!"',
+        '"{} not available in Model Zoo! (This detectron2 was installed as pure Python from '
+        "PyPI, without the zoo's configs; they are in the folder configs of "
+        'https://github.com/facebookresearch/detectron2. refbn_d2.get_config_file has others.)"',
+    )
     for file in (root / "detectron2").rglob("*.py"):
         text = file.read_text()
         new = re.sub(r"\bnp\.(bool|int|float)\b", r"\1", text)

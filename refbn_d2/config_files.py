@@ -20,7 +20,8 @@ def _folder() -> Path:
 def config_names() -> List[str]:
     """Names of all configs that come with the package, such as "MNIST/lenet5_refbn.yaml"."""
     folder = _folder()
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.yaml"))
+    found = [path for path in folder.rglob("*") if path.suffix in (".yaml", ".py")]
+    return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
 def get_config_file(name: str) -> str:

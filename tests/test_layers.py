@@ -21,6 +21,7 @@ LAYERS = [
     ["data"],
     ["evaluation.coco_evaluator"],  # the one module of evaluation that needs detectron2
     ["engine"],
+    ["hooks"],  # what a trainer of one's own takes from the engine
     ["classification"],
     ["benchmarks", "experiments"],
     ["commands"],

@@ -1,9 +1,10 @@
 """Captures the reference before the first step."""
 
+import itertools
 import json
 import logging
 import os
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, Iterable, List, Optional
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
@@ -12,9 +13,19 @@ from detectron2.utils.file_io import PathManager
 from ...io.atomic import atomic_write
 from ...statistics.reference import capture_reference, reference_layers
 
-__all__ = ["ReferenceHook"]
+__all__ = ["ReferenceHook", "global_batch"]
 
 logger = logging.getLogger(__name__)
+
+
+def global_batch(loader: Iterable[List[Dict[str, Any]]]) -> List[Dict[str, Any]]:
+    """The first batch of a training loader on each process, put together: the same on all.
+
+    Args:
+        loader: yields lists of dicts with "image", (C, H, W), as detectron2's loaders do. On every
+            process; each takes one batch from it.
+    """
+    return list(itertools.chain(*comm.all_gather(next(iter(loader)))))
 
 
 class ReferenceHook(HookBase):
@@ -26,15 +37,19 @@ class ReferenceHook(HookBase):
         load_batch: returns the reference batch, the same on every process and at every call.
         seed: what it was drawn with; also seeds the sampling in the forward pass.
         refresh_period: in iterations, 0 for never.
-        output_dir: where ``reference.json`` goes.
+        output_dir: folder of ``reference.json``, which names the images; "" writes none.
+
+    Example, in a training script of your own or detectron2's ``lazyconfig_train_net.py``::
+
+        trainer.register_hooks([ReferenceHook(lambda: global_batch(train_loader))])
     """
 
     def __init__(
         self,
         load_batch: Callable[[], List[Dict[str, Any]]],
-        seed: int,
-        refresh_period: int,
-        output_dir: str,
+        seed: int = 0,
+        refresh_period: int = 0,
+        output_dir: str = "",
     ):
         self._load_batch = load_batch
         self._seed = seed
@@ -62,9 +77,9 @@ class ReferenceHook(HookBase):
         if self.trainer.iter > 0:
             return
         logger.info("Captured the reference of %d norms from %d images", len(layers), len(batch))
-        if comm.is_main_process():
+        if self._output_dir and comm.is_main_process():
             record = {
-                "image_ids": [d["image_id"] for d in batch],
+                "image_ids": [d.get("image_id") for d in batch],
                 "m": len(batch),
                 "seed": self._seed,
                 "layers": layers,
