@@ -9,14 +9,19 @@ import torch
 from torch import Tensor
 
 from .base import Kernels, per_channel, statistics_dtype
+from .formulas import Formulas
 
 __all__ = ["CpuAten"]
 
-# Elements of a block: a megabyte. Smaller ones cost calls; in larger ones the native channels_last
-# kernel, with one float32 accumulator a channel, loses digits.
+# Elements of a block: a megabyte, which stays in the cache. Smaller ones cost calls.
 _BLOCK = 1 << 18
+# Of standard deviations: means farther from zero cost the native kernel digits, for which this is
+# worth another pass.
+_FAR = 8.0
 # Rows shorter than a vector register gain nothing from being summed as rows.
 _SHORT_ROW = 16
+
+_FORMULAS = Formulas()
 
 
 class CpuAten(Kernels):
@@ -25,12 +30,15 @@ class CpuAten(Kernels):
     name = "cpu_aten"
 
     def moments(self, x: Tensor) -> Tuple[Tensor, Tensor]:
-        if not x.is_contiguous():
-            return _block_moments(x)
-        wide = x.dtype == statistics_dtype(x)
-        if wide and x.shape[2] * x.shape[3] >= _SHORT_ROW:
-            return _row_moments(x)
-        return _native_moments(x)
+        if x.is_contiguous() and x.shape[2] * x.shape[3] >= _SHORT_ROW and not _is_narrow(x):
+            mean, var = _row_moments(x)
+        else:
+            mean, var = _native_moments(x)
+            if (mean.abs() > _FAR * var.sqrt()).any():
+                mean, var = _row_moments(x) if x.is_contiguous() else _column_moments(x)
+        if x.dtype != torch.float64 and not var.isfinite().all():  # squares beyond 1e38
+            var, mean = torch.var_mean(x.double(), dim=(0, 2, 3), correction=0)
+        return mean, var
 
     def sums(self, g: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tuple[Tensor, Tensor]:
         # What BatchNorm's gradient is made of, without its last pass. Weight and running statistics
@@ -45,6 +53,8 @@ class CpuAten(Kernels):
     ) -> Tensor:
         unit = torch.ones_like(center)
         weight, bias = -scale * slope, -scale * mean_g
+        if ((weight == 0) & (scale * slope.sign() != 0)).any():  # too small for float32
+            return _FORMULAS.input_gradient(g, x, center, scale, mean_g, slope)
         if x.dtype == center.dtype:
             grad = torch.native_batch_norm(x, weight, bias, center, unit, False, 0.0, 0.0)[0]
             return grad.addcmul_(g, per_channel(scale))
@@ -63,31 +73,53 @@ class CpuAten(Kernels):
         return grad
 
 
+def _is_narrow(x: Tensor) -> bool:
+    return x.dtype != statistics_dtype(x)
+
+
 def _native_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
-    dtype = statistics_dtype(x)
-    # For narrow x, running statistics in float32 make the kernel calculate in that and return it.
-    unused = (None, None) if x.dtype == dtype else torch.zeros(2, x.shape[1], dtype=dtype)
-    return torch.batch_norm_update_stats(x, *unused, 0.0)
-
-
-def _block_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
-    """Of x in channels_last, where the native kernel has one float32 accumulator per channel.
+    """By the kernel made for the purpose, which has one float32 accumulator per channel for narrow
+    x and in channels_last.
 
     Of 10^6 values that leaves the variance 3 digits. Over blocks, which are then combined, it
     leaves 6, and the kernel's passes but the first find x in the cache.
     """
-    blocks = list(_blocks(x))
-    moments = [_native_moments(x[b]) for b in blocks]
+    # For narrow x, running statistics in float32 make the kernel calculate in that and return it.
+    dtype = statistics_dtype(x)
+    unused = torch.zeros(2, x.shape[1], dtype=dtype) if _is_narrow(x) else (None, None)
+    blocks = [x] if x.is_contiguous() else [x[b] for b in _blocks(x)]
+    moments = [torch.batch_norm_update_stats(b, *unused, 0.0) for b in blocks]
     if len(moments) == 1:
         return moments[0]
     means, variances = (torch.stack(vectors) for vectors in zip(*moments))
-    share = torch.tensor([x[b].numel() / x.numel() for b in blocks], dtype=means.dtype)
+    share = torch.tensor([b.numel() / x.numel() for b in blocks], dtype=means.dtype)
     mean = share @ means
     return mean, share @ (variances + (means - mean).square())
 
 
+def _column_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
+    """Of x in channels_last, whatever its mean: sums of deviations, per block, then combined."""
+    dtype = statistics_dtype(x)
+    rows = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    step = max(1, _BLOCK // rows.shape[1])
+    scratch = torch.empty_like(rows[:step], dtype=dtype)
+    sizes, means, norms = [], [], []
+    for block in rows.split(step):
+        mean = block.mean(0, dtype=dtype)
+        centered = torch.sub(block, mean, out=scratch[: block.shape[0]])
+        sizes.append(block.shape[0])
+        means.append(mean)
+        norms.append(centered.square_().sum(0))
+    share = torch.tensor(sizes, dtype=torch.float64) / rows.shape[0]
+    block_mean = torch.stack(means).double()
+    mean = share @ block_mean
+    within = torch.stack(norms).double().sum(0) / rows.shape[0]
+    between = share @ (block_mean - mean).square()
+    return mean.to(dtype), (within + between).to(dtype)
+
+
 def _row_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
-    """Of a contiguous, wide x: per row of H W, then combined (Chan, Golub and LeVeque 1979).
+    """Of a contiguous x: per row of H W, then combined (Chan, Golub and LeVeque 1979).
 
     The kernel made for the purpose adds up contiguous input value by value and takes 4 to 20 times
     as long as sum and norm, which are vectorized. x is read from memory once: block by block, each
@@ -96,10 +128,11 @@ def _row_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     samples, channels = x.shape[:2]
     rows = x.view(samples * channels, -1)
     step = max(1, _BLOCK // rows.shape[1])
-    scratch = torch.empty_like(rows[:step])
+    dtype = statistics_dtype(x)
+    scratch = torch.empty_like(rows[:step], dtype=dtype)
     means, norms = [], []
     for block in rows.split(step):
-        mean = block.mean(1, keepdim=True)
+        mean = block.mean(1, keepdim=True, dtype=dtype)
         centered = torch.sub(block, mean, out=scratch[: block.shape[0]])
         means.append(mean)
         norms.append(torch.linalg.vector_norm(centered, dim=1))

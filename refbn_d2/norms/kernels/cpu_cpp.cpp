@@ -63,6 +63,19 @@ struct Moments {
   }
 };
 
+// Whether a sum in A is no number, as it may be one in double: squares beyond 1e38 leave float.
+template <class A>
+bool beyond(A sum) {
+  return !std::is_same<A, double>::value && !std::isfinite(sum);
+}
+
+template <class A>
+bool any_beyond(const A* sums, Index c) {
+  bool any = false;
+  for (Index k = 0; k < c; k++) any |= beyond(sums[k]);
+  return any;
+}
+
 // `rows` runs of `width` neighbors, `stride` apart.
 template <class A, class T>
 void add_block(Moments& moments, const T* x, Index rows, Index stride, Index width) {
@@ -85,6 +98,7 @@ void add_block(Moments& moments, const T* x, Index rows, Index stride, Index wid
       squares += d * d;
     }
   }
+  if (beyond<A>(squares)) return add_block<double>(moments, x, rows, stride, width);
   const double shift = error / count;
   moments.add(count, mean + shift, squares - shift * error);
 }
@@ -171,38 +185,44 @@ struct ChannelMoments {
   }
 };
 
+// Adds `count` rows of c channels.
+template <class A, class T>
+void add_rows(ChannelMoments& moments, const T* block, Index count, Index c) {
+  // Around the mean of its first rows one pass over the block is enough: the mean of q values is
+  // within sqrt(count / q) standard deviations of that of all, so the difference below leaves digits.
+  std::vector<A> scratch(3 * c);
+  A *const center = scratch.data(), *const sum = center + c, *const squares = sum + c;
+  const Index head = std::min(kHead, count);
+  for (Index i = 0; i < head; i++)
+#pragma omp simd
+    for (Index k = 0; k < c; k++) center[k] += load(block[i * c + k]) / A(head);
+  by_rows(count, [&](Index i, auto some) {
+#pragma omp simd
+    for (Index k = 0; k < c; k++) {
+      A first = 0, second = 0;
+      for (Index r = 0; r < some; r++) {
+        const A d = load(block[(i + r) * c + k]) - center[k];
+        first += d;
+        second += d * d;
+      }
+      sum[k] += first;
+      squares[k] += second;
+    }
+  });
+  if (any_beyond(squares, c)) return add_rows<double>(moments, block, count, c);
+  const double share = 1.0 / double(count);
+  moments.add(double(count), [=](Index k) {
+    const double shift = sum[k] * share;
+    return std::make_pair(center[k] + shift, squares[k] - shift * sum[k]);
+  });
+}
+
 // Calls result(k, Moments) for every channel in channels_last.
 template <class A, class T, class F>
 void moments_last(const T* x, Index rows, Index c, int threads, F result) {
   std::vector<ChannelMoments> parts(parts_of(rows, c), ChannelMoments(c));
   for_row_blocks(rows, c, threads, [&](Index part, Index first, Index count) {
-    // Around the mean of its first rows one pass over the block is enough: the mean of q values is
-    // within sqrt(count / q) standard deviations of that of all, so the difference below leaves digits.
-    std::vector<A> scratch(3 * c);
-    A *const center = scratch.data(), *const sum = center + c, *const squares = sum + c;
-    const T* const block = x + first * c;
-    const Index head = std::min(kHead, count);
-    for (Index i = 0; i < head; i++)
-#pragma omp simd
-      for (Index k = 0; k < c; k++) center[k] += load(block[i * c + k]) / A(head);
-    by_rows(count, [&](Index i, auto some) {
-#pragma omp simd
-      for (Index k = 0; k < c; k++) {
-        A first = 0, second = 0;
-        for (Index r = 0; r < some; r++) {
-          const A d = load(block[(i + r) * c + k]) - center[k];
-          first += d;
-          second += d * d;
-        }
-        sum[k] += first;
-        squares[k] += second;
-      }
-    });
-    const double share = 1.0 / double(count);
-    parts[part].add(double(count), [=](Index k) {
-      const double shift = sum[k] * share;
-      return std::make_pair(center[k] + shift, squares[k] - shift * sum[k]);
-    });
+    add_rows<A>(parts[part], x + first * c, count, c);
   });
   ChannelMoments total(c);
   for (const ChannelMoments& m : parts)
@@ -219,8 +239,8 @@ void all_moments(const T* x, Index n, Index c, Index s, bool last, int threads, 
 
 // Sums of g and of g (x - center) over `rows` runs of `width` neighbors, `stride` apart.
 template <class A, class T>
-std::pair<A, A> block_sums(const T* g, const T* x, A center, Index rows, Index stride,
-                           Index width) {
+std::pair<double, double> block_sums(const T* g, const T* x, A center, Index rows, Index stride,
+                                     Index width) {
   A sum_g = 0, sum_gx = 0;
   for (Index i = 0; i < rows; i++) {
     const T *row_g = g + i * stride, *row_x = x + i * stride;
@@ -231,6 +251,7 @@ std::pair<A, A> block_sums(const T* g, const T* x, A center, Index rows, Index s
       sum_gx += v * (load(row_x[j]) - center);
     }
   }
+  if (beyond(sum_gx)) return block_sums<double>(g, x, double(center), rows, stride, width);
   return {sum_g, sum_gx};
 }
 
@@ -248,30 +269,36 @@ void sums_nchw(const T* g, const T* x, Index n, Index c, Index s, Index k, const
   sum_g_xhat[k] = A(total_gx * invstd[k]);
 }
 
+// Adds those of `count` rows of c channels to into[0..c) and into[c..2c).
+template <class A, class T, class M>
+void add_row_sums(double* into, const T* g, const T* x, Index count, Index c, const M* mean) {
+  std::vector<A> scratch(2 * c);
+  A *const part_g = scratch.data(), *const part_gx = part_g + c;
+  by_rows(count, [&](Index i, auto some) {
+    const Index at = i * c;
+#pragma omp simd
+    for (Index k = 0; k < c; k++) {
+      A sum_g = 0, sum_gx = 0;
+      for (Index r = 0; r < some; r++) {
+        const A v = load(g[at + r * c + k]);
+        sum_g += v;
+        sum_gx += v * (load(x[at + r * c + k]) - A(mean[k]));
+      }
+      part_g[k] += sum_g;
+      part_gx[k] += sum_gx;
+    }
+  });
+  if (any_beyond(part_gx, c)) return add_row_sums<double>(into, g, x, count, c, mean);
+  for (Index k = 0; k < 2 * c; k++) into[k] += scratch[k];
+}
+
 template <class T, class A>
 void sums_last(const T* g, const T* x, Index rows, Index c, const A* mean, const A* invstd,
                A* sum_g, A* sum_g_xhat, int threads) {
   const Index part_count = parts_of(rows, c);
   std::vector<double> parts(2 * part_count * c);
   for_row_blocks(rows, c, threads, [&](Index part, Index first, Index count) {
-    std::vector<A> scratch(2 * c);
-    A *const part_g = scratch.data(), *const part_gx = part_g + c;
-    by_rows(count, [&](Index i, auto some) {
-      const Index at = (first + i) * c;
-#pragma omp simd
-      for (Index k = 0; k < c; k++) {
-        A sum_g = 0, sum_gx = 0;
-        for (Index r = 0; r < some; r++) {
-          const A v = load(g[at + r * c + k]);
-          sum_g += v;
-          sum_gx += v * (load(x[at + r * c + k]) - mean[k]);
-        }
-        part_g[k] += sum_g;
-        part_gx[k] += sum_gx;
-      }
-    });
-    double* const into = parts.data() + 2 * part * c;
-    for (Index k = 0; k < 2 * c; k++) into[k] += scratch[k];
+    add_row_sums<A>(parts.data() + 2 * part * c, g + first * c, x + first * c, count, c, mean);
   });
   for (Index k = 0; k < c; k++) {
     double total_g = 0, total_gx = 0;

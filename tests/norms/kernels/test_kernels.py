@@ -124,6 +124,51 @@ def test_statistics_of_many_values_keep_their_digits(kernels, layout):
     assert oracle.relative_error(var, wanted_var.flatten()) < 1e-5
 
 
+def _against_float64(x, ref_mean):
+    """Output, mean and gradients in float32 against the equations in float64: relative errors."""
+    c = x.shape[1]
+    ref_var = torch.rand(c) + 0.5
+    leaves = [x.clone().requires_grad_()]
+    leaves += [torch.randn(c, requires_grad=True) for _ in range(2)]
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    g = torch.randn(x.shape)
+    y, mean, _ = functional.ref_batch_norm(leaves[0], ref_mean, ref_var, *leaves[1:])
+    wanted = oracle.ref_bn(exact[0], ref_mean.double(), ref_var.double(), *exact[1:])
+    pairs = [(y, wanted[0]), (mean, wanted[1])]
+    pairs += zip(oracle.gradients(y, g, *leaves), oracle.gradients(wanted[0], g.double(), *exact))
+    return [oracle.relative_error(a, b) for a, b in pairs]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="on CUDA float32 is what BatchNorm calculates in, too")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("scale", [1e18, 1e20, 1e25, 1e30])
+def test_squares_beyond_float32(kernels, layout, scale):
+    x = (torch.randn(3, 20, 15, 20) * scale).contiguous(memory_format=LAYOUTS[layout])
+    assert max(_against_float64(x, torch.randn(20) * scale)) < 2e-5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_variance_beyond_float32_is_never_nan(kernels, layout):
+    # The statistics of several processes are float32: as BatchNorm's on CUDA, y is then the bias.
+    x = (torch.randn(3, 20, 5, 4) * 1e25).contiguous(memory_format=LAYOUTS[layout])
+    batch = functional.BatchStatistics(3, 60, torch.zeros(20), torch.full((20,), float("inf")))
+    y, mean, _ = functional.mixed_norm(x, batch, torch.zeros(20), torch.ones(20))
+    if not kernels.differentiable:
+        assert y.abs().max() == 0 and mean.isfinite().all()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="slow")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_digits_far_from_zero(kernels, layout):
+    x = (torch.randn(3, 20, 60, 90) + 1e4).contiguous(memory_format=LAYOUTS[layout])
+    output, mean, grad_x, grad_weight, grad_bias = _against_float64(x, torch.randn(20) + 1e4)
+    # mean in float32 has an error of up to 5e-4 standard deviations here.
+    assert mean < 2e-7 and output < 3e-4 and grad_x < 3e-5
+    assert grad_weight < 2e-3 and grad_bias < 1e-5
+    wanted = oracle.moments(x.double(), 0, 2, 3)[1].flatten()
+    assert oracle.relative_error(kernels.moments(x)[1], wanted) < 3e-5
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_nan_and_inf_spread_as_in_batch_norm(kernels, layout, value):
