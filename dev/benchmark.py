@@ -26,6 +26,7 @@ from refbn_d2.benchmarks.norm_cost import (
     RESNET_SHAPES,
     PlainRefBatchNorm2d,
     SyncKernelsBatchNorm2d,
+    compiled_ref_batch_norm,
     layer_times,
     model_times,
 )
@@ -53,6 +54,7 @@ def layers(args) -> dict:
         norms["BN, kernels of SyncBN"] = SyncKernelsBatchNorm2d
     if args.norms:
         known = {**{name: t.build for name, t in NORM_TYPES.items()}, **norms}
+        known["RefBN, torch.compile"] = compiled_ref_batch_norm  # takes minutes to compile
         unknown = [name for name in args.norms if name not in known]
         if unknown:
             raise UserError(f"--norms {' '.join(unknown)}: known are {', '.join(known)}")

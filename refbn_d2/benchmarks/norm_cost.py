@@ -19,6 +19,7 @@ __all__ = [
     "RESNET_SHAPES",
     "PlainRefBatchNorm2d",
     "SyncKernelsBatchNorm2d",
+    "compiled_ref_batch_norm",
     "layer_times",
     "model_times",
 ]
@@ -76,6 +77,14 @@ class SyncKernelsBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         unused = torch.zeros_like(self.running_mean), torch.ones_like(self.running_var)
         return ref_batch_norm(x, *unused, self.weight, self.bias, 0.0, self.eps)[0]
+
+
+def compiled_ref_batch_norm(channels: int) -> RefBatchNorm2d:
+    """RefBN as torch.compile makes it, for one shape; compiling takes some 10 s each."""
+    torch._dynamo.reset()  # or it stops to compile after eight shapes
+    norm = RefBatchNorm2d(channels)
+    norm.compile(dynamic=False)
+    return norm
 
 
 def _prepared(build: Callable[[int], nn.Module], x: Tensor) -> nn.Module:

@@ -8,6 +8,7 @@ from refbn_d2 import get_config_file
 from refbn_d2.benchmarks.norm_cost import (
     PlainRefBatchNorm2d,
     SyncKernelsBatchNorm2d,
+    compiled_ref_batch_norm,
     layer_times,
     model_times,
 )
@@ -53,6 +54,23 @@ def test_the_kernels_of_syncbn_are_batch_norm():
     x = torch.randn(3, 4, 5, 6)
     wanted = torch.nn.functional.batch_norm(x, None, None, training=True)
     torch.testing.assert_close(SyncKernelsBatchNorm2d(4)(x), wanted)
+
+
+def test_the_compiled_layer_is_the_same_norm(monkeypatch):
+    graphs = []
+
+    def backend(graph, inputs):  # as torch.compile, but for writing C++
+        graphs.append(graph)
+        return graph.forward
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: compile_(f, backend=backend, **kw))
+    x, results = torch.randn(3, 4, 5, 6), []
+    for norm in (compiled_ref_batch_norm(4), RefBatchNorm2d(4)):
+        norm.set_reference(torch.arange(4.0), torch.arange(1.0, 5), 60, 3)
+        results.append(norm(x))
+    torch.testing.assert_close(*results)
+    assert len(graphs) == 1  # the whole layer, and only of the first
 
 
 def test_models_are_measured_against_the_first():
