@@ -56,7 +56,12 @@ _CPU_ATEN = CpuAten()
 
 
 def kernels_for(x: Tensor) -> Kernels:
-    """The set of kernels for x, be it compiled, transformed, traced, or calculated with now."""
+    """The set of kernels for x.
+
+    torch.compile gets formulas that it can fuse; torch.func's transforms and forward-mode
+    differentiation get formulas that PyTorch can differentiate; tracers, dispatch modes and tensor
+    subclasses get operators. In all other cases it is the set for the device of x.
+    """
     if torch.compiler.is_compiling():
         return _OPERATORS if _exporting() else _FALLBACK
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
@@ -72,10 +77,9 @@ def _exporting() -> bool:
 
 
 def _observed(x: Tensor) -> bool:
-    """Whether somebody wants to see each operation: a tracer, a dispatch mode, a tensor's class.
+    """Whether a tracer, a dispatch mode or a tensor subclass follows each operation on x.
 
-    What a kernel does to the memory of x behind PyTorch's back, they would not see; nor need x
-    have memory (a fake tensor).
+    None of them sees a kernel that is called by ctypes, and a fake tensor has no memory for it.
     """
     return (
         type(x) is not Tensor
