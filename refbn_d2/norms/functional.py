@@ -82,15 +82,14 @@ class _MixedNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, *_):
         # Read once: checkpointing refuses to unpack a tensor twice.
-        x, weight, *vectors = ctx.saved_tensors
+        x, weight, batch_mean, mean, invstd = ctx.saved_tensors
+        saved = weight, batch_mean, mean, invstd, ctx.share
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         g = torch.zeros_like(x) if g is None else like(g, x)
         if torch.is_grad_enabled() and ctx.all_reduce is None:  # create_graph=True
-            results = differentiable_backward(g, x, weight, *vectors, ctx.share)
+            results = differentiable_backward(g, x, *saved)
         else:
-            results = ctx.kernels.backward(
-                g, x, weight, *vectors, ctx.share, ctx.all_reduce, needs_x
-            )
+            results = ctx.kernels.backward(g, x, *saved, ctx.all_reduce, needs_x)
         grad_x, sum_g, sum_g_xhat = results
         grad_weight = sum_g_xhat.to(weight.dtype) if needs_weight else None
         grad_bias = None

@@ -62,7 +62,7 @@ def differentiable_backward(
     mean: Tensor,
     invstd: Tensor,
     share: float,
-) -> Tuple[Tensor, Tensor, Tensor]:
+) -> Tuple[Optional[Tensor], Tensor, Tensor]:
     """:meth:`Kernels.backward` of a whole batch, differentiable in g, x and weight.
 
     The vectors are the results of the forward pass: numbers. Here they become functions of x again,
@@ -76,5 +76,4 @@ def differentiable_backward(
     mean = mean + lambda2 * (batch_mean - batch_mean.detach()).to(narrow)
     mixed = invstd.to(wide).pow(-2) + lambda2 * (batch_var - batch_var.detach())
     vectors = batch_mean.to(narrow), mean, torch.rsqrt(mixed).to(narrow)
-    gradients = formulas.backward(g, x, weight, *vectors, share)
-    return gradients  # type: ignore[return-value]  (input_gradient is True)
+    return formulas.backward(g, x, weight, *vectors, share)

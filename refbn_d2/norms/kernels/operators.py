@@ -114,19 +114,21 @@ def _forward(kernels: Kernels, x: Tensor, *others: Any) -> Tuple[Tensor, ...]:
 
 
 def _backward(kernels: Kernels, g: Tensor, x: Tensor, *others: Any) -> Tuple[Any, ...]:
-    *vectors, pseudo_count = others
-    check_vectors(x, *vectors)
+    weight, batch_mean, mean, invstd, pseudo_count = others
+    check_vectors(x, weight, batch_mean, mean, invstd)
     x = dense(x)
-    return kernels.backward(like(g, x), x, *vectors, _share(x, pseudo_count))
+    share = _share(x, pseudo_count)
+    return kernels.backward(like(g, x), x, weight, batch_mean, mean, invstd, share)
 
 
 def _share(x: Tensor, pseudo_count: float) -> float:
     return gradient_share(pseudo_count, x.shape[0], x.numel() // x.shape[1])
 
 
-def _differentiable_backward(g: Tensor, x: Tensor, *others: Any) -> Tuple[Tensor, ...]:
-    *vectors, pseudo_count = others
-    return differentiable_backward(g, x, *vectors, _share(x, pseudo_count))
+def _differentiable_backward(g: Tensor, x: Tensor, *others: Any) -> Tuple[Any, ...]:
+    weight, batch_mean, mean, invstd, pseudo_count = others
+    share = _share(x, pseudo_count)
+    return differentiable_backward(g, x, weight, batch_mean, mean, invstd, share)
 
 
 # What their gradients are: how to save what they need, and the gradients of the arguments.
@@ -144,7 +146,7 @@ def _of(formula: Callable[..., Any]) -> Tuple[Callable[..., None], Callable[...,
             remaining = iter(tensors)
             return formula(*(next(remaining) if c is None else c[0] for c in ctx.constants))
 
-        _, product = torch.func.vjp(of_tensors, *ctx.saved_tensors)
+        product = torch.func.vjp(of_tensors, *ctx.saved_tensors)[1]
         results = iter(product(gradients if len(gradients) > 1 else gradients[0]))
         return tuple(next(results) if c is None else None for c in ctx.constants)
 
