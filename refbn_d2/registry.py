@@ -1,15 +1,28 @@
 """Teaches detectron2's get_norm the names of the table of norm types."""
 
+import functools
+import logging
 import types
 from functools import partial
 from typing import Callable, List, Optional, Union
 
-from detectron2.layers import FrozenBatchNorm2d, NaiveSyncBatchNorm, batch_norm
-from torch import nn
+import torch
+from detectron2.config import configurable
+from detectron2.layers import (
+    CycleBatchNormList,
+    FrozenBatchNorm2d,
+    NaiveSyncBatchNorm,
+    batch_norm,
+)
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.convnext import LayerNorm2d
 
 from .errors import UserError
 from .norms.table import NORM_TYPES, NormType, register_norm, unregister_norm
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["UnknownNormError", "known_norms", "register", "register_norm", "unregister_norm"]
 
@@ -65,6 +78,55 @@ def register() -> None:
     get_norm.__code__ = patched.__code__.replace(co_name=get_norm.__name__)
     get_norm.refbn_upstream = upstream
     NORM_TYPES.update(_UPSTREAM_TYPES)
+    _teach_retinanet()
+
+
+class _PerLevelNorms(CycleBatchNormList):
+    """Upstream's list of norms by level, which also answers for the references of its levels."""
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether every level holds a reference."""
+        return all(m.has_reference for m in self)
+
+    @property
+    def ref_mean(self) -> Tensor:
+        """(levels, channels), mean of the reference batch at each level."""
+        return torch.stack([m.ref_mean for m in self])
+
+    @property
+    def ref_var(self) -> Tensor:
+        """(levels, channels), biased variance of the reference batch at each level."""
+        return torch.stack([m.ref_var for m in self])
+
+
+def _teach_retinanet() -> None:
+    """Gives the norms in RetinaNet's head, which all feature levels share, statistics per level.
+
+    Upstream does so for "BN" and "SyncBN" by name (CycleBatchNormList) and means to warn of every
+    other BatchNorm, but looks for "BN" in the name of its class. FCOS' head derives from this one.
+    """
+    build = RetinaNetHead.__init__.__wrapped__  # without what reads its arguments from a config
+
+    @functools.wraps(build)
+    def build_per_level(self, *, input_shape, norm="", **kwargs):
+        norm = _per_level(norm, len(input_shape))
+        build(self, input_shape=input_shape, norm=norm, **kwargs)
+
+    RetinaNetHead.__init__ = configurable(build_per_level)
+
+
+def _per_level(norm: Union[str, Callable, None], num_levels: int) -> Union[str, Callable, None]:
+    """What RetinaNet's head should build where its config says ``norm``."""
+    if not isinstance(norm, str) or norm not in NORM_TYPES or norm in _UPSTREAM:
+        return norm
+    kind = NORM_TYPES[norm].kind
+    if kind is not None and issubclass(kind, _BatchNorm):
+        logger.info("Using %s per level in RetinaNetHead, for %d levels.", norm, num_levels)
+        return lambda channels: _PerLevelNorms(num_levels, kind, num_features=channels)
+    if getattr(_get_norm(norm, 8), "running_mean", None) is not None:
+        logger.warning("Shared BatchNorm (type=%s) may not work well in RetinaNetHead.", norm)
+    return norm
 
 
 def _get_norm(norm: Union[str, Callable, None], out_channels: int) -> Optional[nn.Module]:

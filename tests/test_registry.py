@@ -7,19 +7,27 @@ import pytest
 import tiny
 import torch
 from detectron2.config import LazyCall, instantiate
-from detectron2.layers import BatchNorm2d, FrozenBatchNorm2d, NaiveSyncBatchNorm, ShapeSpec
+from detectron2.layers import (
+    BatchNorm2d,
+    CycleBatchNormList,
+    FrozenBatchNorm2d,
+    NaiveSyncBatchNorm,
+    ShapeSpec,
+)
 from detectron2.layers import get_norm as exported_get_norm
 from detectron2.layers.batch_norm import get_norm
 from detectron2.modeling.backbone import FPN, ResNet, build_backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.backbone.resnet import BasicStem
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import refbn_d2
 from refbn_d2 import RefBatchNorm2d, registry
 from refbn_d2.config import apply_norm_config, load_config
 from refbn_d2.errors import UserError
-from refbn_d2.norms import NORM_TYPES, convert_norm, fold_norms
+from refbn_d2.norms import NORM_TYPES, capture, convert_norm, fold_norms
 
 # Modules of detectron2 that bind get_norm by name.
 USERS = ["modeling.backbone.resnet", "modeling.backbone.fpn", "modeling.roi_heads.mask_head"]
@@ -270,3 +278,62 @@ def test_bad_registrations():
         refbn_d2.register_norm("X", lambda channels: nn.BatchNorm2d(channels), convertible=True)
     with pytest.raises(ValueError, match="'RefBN' was not added by register_norm"):
         refbn_d2.unregister_norm("RefBN")
+
+
+def _retinanet_head(norm, **kwargs):
+    shapes = [ShapeSpec(channels=8)] * 3
+    return RetinaNetHead(
+        input_shape=shapes, num_classes=2, num_anchors=1, conv_dims=[8], norm=norm, **kwargs
+    )
+
+
+@pytest.mark.parametrize("norm", ["RefBN", "SyncRefBN", "VBN", "BRN"])
+def test_retinanets_levels_have_statistics_of_their_own(norm):
+    torch.manual_seed(0)
+    head = _retinanet_head(norm)
+    levels = head.cls_subnet[1]
+    assert isinstance(levels, CycleBatchNormList) and len(levels) == 3
+    assert {type(m) for m in levels} == {NORM_TYPES[norm].kind}
+    features = [torch.randn(2, 8, size, size) + size for size in (8, 4, 2)]
+    if NORM_TYPES[norm].holds_reference:
+        with capture(head) as taken:
+            head(features)
+        assert len(taken) == 6 and levels.has_reference
+        for m, feature in zip(levels, features):
+            seen = head.cls_subnet[0](feature).mean((0, 2, 3))
+            assert torch.allclose(m.ref_mean, seen, atol=1e-4)
+        before = levels.ref_mean.clone()
+    head(features)
+    assert all(m.num_batches_tracked == 1 for m in levels)
+    if NORM_TYPES[norm].holds_reference:
+        assert torch.equal(levels.ref_mean, before)
+
+
+def test_retinanet_with_upstreams_norms_is_as_it_was():
+    assert type(_retinanet_head("BN").cls_subnet[1]) is CycleBatchNormList
+    assert type(_retinanet_head("FrozenBN", prior_prob=0.5).cls_subnet[1]) is FrozenBatchNorm2d
+    assert type(_retinanet_head("").cls_subnet[1]) is nn.ReLU
+
+
+def test_a_norm_that_retinanets_levels_share_is_warned_of(caplog):
+    _retinanet_head("SN")
+    assert "SN" in caplog.text and "Shared BatchNorm" in caplog.text
+    caplog.clear()
+    _retinanet_head("IN")
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("norm", ["RefBN", "SyncRefBN", "VBN", "BRN", "SN", "IN"])
+@pytest.mark.parametrize("held", [True, False])
+def test_symbolic_traces_have_the_norms_as_leaves(norm, held):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), get_norm(norm, 4), nn.ReLU())
+    if held:
+        with capture(model):
+            model(torch.randn(2, 3, 4, 4))
+    model.eval()
+    x = torch.randn(2, 3, 5, 5)
+    for traced in (
+        torch.fx.symbolic_trace(model),
+        lambda x: create_feature_extractor(model, ["1"])(x)["1"].relu(),
+    ):
+        assert torch.equal(traced(x), model(x))

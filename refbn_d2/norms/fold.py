@@ -60,7 +60,8 @@ class _Tracer(fx.Tracer):
         if isinstance(m, nn.Conv2d) or recognized(m) is not None:
             return True
         # detectron2's, which takes another norm at every call: none of them follows a convolution.
-        return type(m).__name__ == "CycleBatchNormList" or super().is_leaf_module(m, name)
+        takes_turns = any(c.__name__ == "CycleBatchNormList" for c in type(m).__mro__)
+        return takes_turns or super().is_leaf_module(m, name)
 
 
 @contextmanager
