@@ -7,6 +7,8 @@ Prints the table of docs/detectors.md: capture of the reference, two steps, eval
 resume with a third step. tests/test_detectors.py asserts the same.
 """
 
+import contextlib
+import io
 import logging
 import sys
 import tempfile
@@ -25,8 +27,9 @@ def row(name: str, folder: Path) -> str:
     """Markdown rows of one detector, one for each place of a norm."""
     detector = detectors.DETECTORS[name]
     try:
-        detectors.train(detector, folder, max_iter=2)
-        model = detectors.train(detector, folder, max_iter=3, resume=True).model
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools' tables
+            detectors.train(detector, folder, max_iter=2)
+            model = detectors.train(detector, folder, max_iter=3, resume=True).model
         held = all(m.has_reference for m in reference_layers(model).values())
         works = "yes" if held else "no: a layer has no reference"
         counts = detectors.count_layers(model, detector)
