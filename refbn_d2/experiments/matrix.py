@@ -17,7 +17,7 @@ from ..registry import known_norms
 __all__ = ["RunSpec", "load_matrix"]
 
 _KEYS = {"DETECTOR", "CLASSIFIER", "NORMS", "SEEDS", "IMS_PER_BATCH", "GROUPING_STRENGTH", "OPTS"}
-_KEYS |= {"CLASSIFIER_OPTS", "PROTOCOL"}
+_KEYS |= {"CLASSIFIER_OPTS", "PRETRAINING_SEED", "PROTOCOL"}
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class RunSpec:
         name: under which its results are reported.
         norm: norm type of the detector's backbone, as in NORM.
         pretrained: the norm that the backbone was pretrained with.
-        seed: SEED of pretraining and training.
+        seed: SEED of the training, and of the pretraining unless ``pretraining_seed`` is set.
         config: config file of the detector.
         classifier: config file of the pretraining, or None to start from MODEL.WEIGHTS.
         ims_per_batch: SOLVER.IMS_PER_BATCH, over all processes.
@@ -37,6 +37,7 @@ class RunSpec:
         pretraining_opts: KEY VALUE pairs for the pretraining, its norm among them.
         protocol: how norms are compared, in words; runs are compared within one protocol. May be
             empty.
+        pretraining_seed: SEED of a pretraining that runs of all seeds share, or None.
     """
 
     name: str
@@ -50,6 +51,7 @@ class RunSpec:
     opts: Tuple[str, ...]
     pretraining_opts: Tuple[str, ...] = ()
     protocol: str = ""
+    pretraining_seed: Optional[int] = None
 
     @property
     def folder(self) -> Path:
@@ -60,8 +62,13 @@ class RunSpec:
         )
 
     @property
+    def classifier_seed(self) -> int:
+        """SEED of the pretraining."""
+        return self.seed if self.pretraining_seed is None else self.pretraining_seed
+
+    @property
     def classifier_folder(self) -> Path:
-        return Path("pretraining", _folder_name(self.pretrained), f"seed{self.seed}")
+        return Path("pretraining", _folder_name(self.pretrained), f"seed{self.classifier_seed}")
 
     def detector_opts(self) -> List[str]:
         """KEY VALUE pairs for the detector's config.
@@ -89,7 +96,7 @@ class RunSpec:
 
     def classifier_opts(self) -> List[str]:
         """KEY VALUE pairs for the classifier's config."""
-        return [*self.pretraining_opts, "SEED", str(self.seed)]
+        return [*self.pretraining_opts, "SEED", str(self.classifier_seed)]
 
     def settings(self) -> Dict[str, Optional[str]]:
         """Hashes of what decides the result besides the code: both configs, bases included."""
@@ -115,7 +122,8 @@ def load_matrix(path: str) -> List[RunSpec]:
     Their keys, config paths relative to the file: DETECTOR and CLASSIFIER (optional), config files
     whose norm is replaced; NORMS, a list of norm types or of {name, norm, pretrained, opts}; lists
     SEEDS, IMS_PER_BATCH, GROUPING_STRENGTH; OPTS and CLASSIFIER_OPTS, KEY VALUE pairs for all runs
-    and all pretraining; PROTOCOL, the name of the product where there are several.
+    and all pretraining; PRETRAINING_SEED, to pretrain once for all seeds; PROTOCOL, the name of the
+    product where there are several.
 
     Raises:
         UserError: the file is missing, malformed, or names a config or a norm that does not exist.
@@ -158,6 +166,10 @@ def _check_part(path: str, part: Dict[str, Any]) -> None:
         values = part.get(key, [])
         if not isinstance(values, list) or not all(map(is_right, values)):
             raise UserError(f"matrix {path}: {key} is {values!r}: use a list of {words}")
+    is_seed, words = _AXES["SEEDS"]
+    if not is_seed(part.get("PRETRAINING_SEED", 0)):
+        value = part["PRETRAINING_SEED"]
+        raise UserError(f"matrix {path}: PRETRAINING_SEED is {value!r}: use one of the {words}")
     for key in ("DETECTOR", "CLASSIFIER"):
         if not isinstance(part.get(key, ""), str):
             raise UserError(f"matrix {path}: {key} is {part[key]!r}: use the path of a config")
@@ -224,6 +236,7 @@ def _specs(path: str, matrix: Dict[str, Any]) -> List[RunSpec]:
             ims_per_batch=int(ims_per_batch or default),
             grouping=float(grouping),
             protocol=matrix.get("PROTOCOL", ""),
+            pretraining_seed=matrix.get("PRETRAINING_SEED"),
             **variant,
         )
         for seed, grouping, ims_per_batch, (variant, default) in axes

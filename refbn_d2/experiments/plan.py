@@ -48,7 +48,7 @@ def planned_trainings(specs: List[RunSpec], output: Path) -> List[PlannedTrainin
     stages: Dict[Path, RunSpec] = {c.classifier_folder: c for c in specs if c.classifier}
     for folder, spec in stages.items():
         cfg = load_config(spec.classifier, spec.classifier_opts())
-        what = f"pretrain {spec.pretrained}, seed {spec.seed}, and convert"
+        what = f"pretrain {spec.pretrained}, seed {spec.classifier_seed}, and convert"
         done = is_pretrained(spec, output)
         rate = _CLASSIFIER_RATE[cfg.SOLVER.AMP.ENABLED]
         found.append(_planned(what, output / folder, cfg, rate, done))

@@ -135,7 +135,7 @@ class _Runner:
         if self._stop.is_set() or is_pretrained(spec, self._output):
             return
         _write(folder / "pretraining.json", {"settings": spec.settings()})
-        label = f"pretraining {spec.pretrained}, seed {spec.seed}"
+        label = f"pretraining {spec.pretrained}, seed {spec.classifier_seed}"
         self._train("classify", spec.classifier, folder, spec.classifier_opts(), label)
         from ..weights.convert import convert  # which stands above the engine
 
@@ -238,6 +238,7 @@ def record_of(spec: RunSpec) -> Dict[str, Any]:
         "ims_per_batch": spec.ims_per_batch,
         "grouping": spec.grouping,
         **({"protocol": spec.protocol} if spec.protocol else {}),
+        **({} if spec.pretraining_seed is None else {"pretraining_seed": spec.pretraining_seed}),
         "gt": metadata.get("json_file"),
         "image_root": metadata.get("image_root"),
         "settings": spec.settings(),

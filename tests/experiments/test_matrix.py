@@ -109,6 +109,25 @@ def test_protocols_are_kept_apart(tmp_path):
         load_matrix(str(path))
 
 
+def test_one_pretraining_can_serve_all_seeds(tmp_path):
+    norms = ["BN", {"name": "RefBN", "norm": "RefBN", "pretrained": "BN"}]
+    specs = load_matrix(
+        _matrix(tmp_path, NORMS=norms, SEEDS=[1, 2, 3], CLASSIFIER=CLASSIFIER, PRETRAINING_SEED=7)
+    )
+    assert len({c.classifier_folder for c in specs}) == 1
+    assert {load_config(c.classifier, c.classifier_opts()).SEED for c in specs} == {7}
+    assert {load_config(c.config, c.detector_opts()).SEED for c in specs} == {1, 2, 3}
+    own = load_matrix(_matrix(tmp_path, NORMS=norms, SEEDS=[1, 2, 3], CLASSIFIER=CLASSIFIER))
+    assert [c.classifier_seed for c in own] == [c.seed for c in own]
+    assert own[0].settings()["detector"] == specs[0].settings()["detector"]
+
+
+@pytest.mark.parametrize("seed", [-1, 0.5, "x", [1], True])
+def test_a_pretraining_seed_that_is_none(tmp_path, seed):
+    with pytest.raises(UserError, match="PRETRAINING_SEED"):
+        load_matrix(_matrix(tmp_path, CLASSIFIER=CLASSIFIER, PRETRAINING_SEED=seed))
+
+
 def test_without_a_protocol_folders_are_what_they_were(tmp_path):
     (spec,) = load_matrix(_matrix(tmp_path, NORMS=["BN"], IMS_PER_BATCH=[2]))
     assert str(spec.folder) == "BN/batch2_grouping0/seed1"
