@@ -212,7 +212,8 @@ def coverage(report: Report, repetitions: int) -> Dict[str, float]:
     """Coverage and relative half-length, of this version (NaN: no interval) and the first."""
     rng = np.random.default_rng(0)
     rows = []
-    for _ in range(repetitions):
+    counted = 1 if report.watch is not None else sum(len(c) - 1 for c in report.conditions)
+    for _ in range(repetitions // counted):
         drawn = draw(rng, report)
         found = compared([norms for norms, _ in drawn], IMAGES // report.cluster)
         for c, ((norms, variances), differences) in enumerate(zip(drawn, found)):
@@ -486,7 +487,7 @@ def print_detectors(sets: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--repetitions", type=int, default=4000, help="simulated reports a row")
+    parser.add_argument("--repetitions", type=int, default=4000, help="simulated intervals a row")
     parser.add_argument(
         "--sets", type=int, default=200, help="simulated data sets of detectors a row; 0: none"
     )

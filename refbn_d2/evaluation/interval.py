@@ -36,7 +36,9 @@ Var(T), which is known well, only because runs happened to agree. The interval i
 delta +- t(df) sqrt(V). With the images' part v_1 of V, the seeds' part v_2 and their degrees of
 freedom d_1 (images, or clusters, less 1) and d_2, df is V / (v_1 / d_1 + v_2 / d_2), the harmonic
 mean weighted by variance. Satterthwaite's V^2 / (v_1^2 / d_1 + v_2^2 / d_2) is larger, and covers
-too little here: a v_2 that few runs made small by chance also loses its weight.
+too little here: a v_2 that few runs made small by chance also loses its weight. Half of
+Var(T), which the images tell well, is counted with v_1 where the spread is pooled: by simulation
+all of it would cover too little, and none would make intervals longer than they need to be.
 
 *One run.* A norm with a single run shows no spread over seeds. No interval on the norm is given
 then, only one that treats the checkpoints as given (image sampling alone). To use another norm's
@@ -83,6 +85,8 @@ MARGIN = 0.5  # AP; smaller differences count as none in practice
 MAX_SEEDS = 10_000
 # Comparisons from which on spreads are moderated: a distribution cannot be fitted to two.
 _MODERATED_FROM = 3
+# Part of Var(T) that keeps the degrees of freedom of the images; all of it would cover too little.
+_KNOWN = 0.5
 _NEGLIGIBLE = 1e-5  # of the median variance, as in limma
 
 Interval = Tuple[float, float]
@@ -253,12 +257,14 @@ class Difference:
         """
         if self.spread is None or self.se == 0:
             return math.nan
-        seeds = (self.run_by_image / more_images + self.seeds) / more_runs
         images = self.images / more_images
-        df_seeds = self.spread.df + (more_runs - 1) * sum(self.runs)
-        df = _df([(images, more_images * self.units - 1), (seeds, df_seeds)])
+        run_by_image = self.run_by_image / more_images / more_runs
+        run_term = run_by_image + self.seeds / more_runs
+        known = _KNOWN * run_by_image if self.runs[0] == self.runs[1] else 0.0
+        df_runs = self.spread.df + (more_runs - 1) * sum(self.runs)
+        df = _df([(images + known, more_images * self.units - 1), (run_term - known, df_runs)])
         tail = (1 - CONFIDENCE) / 2 / self.comparisons
-        return float(-special.stdtrit(df, tail)) * math.sqrt(images + seeds)
+        return float(-special.stdtrit(df, tail)) * math.sqrt(images + run_term)
 
     def as_dict(self) -> Dict[str, Any]:
         """The numbers for report.json."""
@@ -434,11 +440,12 @@ def difference(
         run_term = float(sum(own))
         df = run_term**2 / sum(v**2 / (k - 1) for v, k in zip(own, runs)) if run_term else math.inf
     images = max(images - run_by_image, 0.0)
+    well_known = _KNOWN * run_by_image if shared else 0.0
     return Difference(
         images=images,
         run_by_image=run_by_image,
         seeds=max(run_term - run_by_image, 0.0),
-        df=_df([(images, units - 1), (run_term, df)]),
+        df=_df([(images + well_known, units - 1), (run_term - well_known, df)]),
         spread=Spread(run_term / sum(shares), df),
         **known,
     )

@@ -307,12 +307,18 @@ def test_runs_needed_is_a_range():
     assert (needed.low, needed.high) == (pytest.approx(65, abs=2), pytest.approx(9350, rel=0.02))
 
 
-def test_expected_length_with_more_data():
-    d = Difference(0.5, 1.0, 0.0, 3.0, 8, 400, (5, 5), Spread(7.5, 8))
-    low, high = d.ci95
-    assert d.reach_with() == pytest.approx((high - low) / 2, rel=0.3)
-    assert d.reach_with(more_runs=1e6) == pytest.approx(1.96, rel=0.01)
-    assert d.reach_with(more_images=1e6) == pytest.approx(stats.t.ppf(0.975, 8) * np.sqrt(3))
+@pytest.mark.parametrize("counts", [(4, 4), (3, 5)])
+def test_expected_length_with_more_data(counts):
+    rng = np.random.default_rng(2)
+    ap = [rng.normal(30, 2, k) for k in counts]
+    d = difference(*ap, *(rng.normal(30, 0.7, (k, 200)) for k in counts), 400, comparisons=3)
+    low, high = d.interval(simultaneous=True)
+    assert d.reach_with() == pytest.approx((high - low) / 2)
+    tail = 1 - 0.05 / 6  # Bonferroni's for three
+    only_images = stats.norm.ppf(tail) * np.sqrt(d.images)
+    assert d.reach_with(more_runs=1e6) == pytest.approx(only_images, rel=0.01, abs=0.01)
+    only_seeds = stats.t.ppf(tail, d.spread.df) * d.se_seeds
+    assert d.reach_with(more_images=1e6) == pytest.approx(only_seeds, rel=0.01)
 
 
 def test_seeds_needed_ends():
