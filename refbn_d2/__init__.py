@@ -62,6 +62,9 @@ else:
     with warnings.catch_warnings():
         # detectron2 and fvcore meet it when they are imported; no user of theirs can act on it.
         warnings.filterwarnings("ignore", ".*torch.jit.script. is deprecated", FutureWarning)
-        from . import data, registry  # noqa: F401  (data registers its data sets)
+        # data registers its data sets, modeling its backbones.
+        from . import data, modeling, registry  # noqa: F401
+        from .weights import pypi
 
     registry.register()
+    pypi.register()

@@ -110,6 +110,13 @@ KEYS: List[Key] = [
         "learns. 0 never does (the paper's text), 1 is the literal reading of its Algorithm 2.",
     ),
     Key(
+        "MODEL.TIMM.NAME",
+        "resnet50",
+        _ANY_TEXT,
+        "Of `build_timm_backbone` and `build_timm_fpn_backbone`: a network of timm. Its features are "
+        "named `res1` (stride 2) to `res5` (stride 32).",
+    ),
+    Key(
         "SOLVER.CHECKPOINT_MAX_TO_KEEP",
         3,
         _COUNT,

