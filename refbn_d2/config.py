@@ -113,8 +113,8 @@ KEYS: List[Key] = [
         "MODEL.TIMM.NAME",
         "resnet50",
         _ANY_TEXT,
-        "Of `build_timm_backbone` and `build_timm_fpn_backbone`: a network of timm. Its features are "
-        "named `res1` (stride 2) to `res5` (stride 32).",
+        "Of `build_timm_backbone` and `build_timm_fpn_backbone`: a network of timm. Its features "
+        "are named `res1` (stride 2) to `res5` (stride 32).",
     ),
     Key(
         "SOLVER.CHECKPOINT_MAX_TO_KEEP",

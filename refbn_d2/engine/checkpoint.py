@@ -243,7 +243,7 @@ class Checkpointer(DetectionCheckpointer):
             if has_torchvisions_names:
                 raise UserError(
                     f"weights {self._path!r} have the names of torchvision's or timm's ResNet: "
-                    "turn them into a file for this model with tools/convert_backbone.py"
+                    "turn them into a file for this model with refbn-d2 convert"
                 )
             detail = f"{unmatched[0]} has no match" if unmatched else "no parameter matches"
             raise UserError(

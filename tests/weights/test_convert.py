@@ -314,7 +314,7 @@ def test_heads_of_public_pretraining_are_left_out(tmp_path, classifier, case, le
     # A detector's checkpointer reads such a file, too, and says what to do with it.
     cfg = load_config(tiny.CONFIG, tiny.opts())
     checkpointer = Trainer.build_checkpointer(cfg, Trainer.build_model(cfg))
-    with pytest.raises(UserError, match="public.pth.*torchvision.*convert_backbone.py"):
+    with pytest.raises(UserError, match="public.pth.*torchvision.*refbn-d2 convert"):
         checkpointer.load(str(tmp_path / "public.pth"))
 
 
