@@ -11,10 +11,13 @@ import numpy as np
 
 from .inputs import GroundTruth
 
-__all__ = ["METRICS", "Evaluation", "evaluate"]
+__all__ = ["ERRORS", "METRICS", "Evaluation", "evaluate"]
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 MAX_DETECTIONS = 100
+# What TIDE tells apart: class, place, both wrong, found twice, nothing there, not found.
+ERRORS = ("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss")
+CATEGORY_SUBSETS = 200  # enough for a standard error that is right within 5 %
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,10 @@ class Evaluation:
         replicates: float64 (subsets, len(METRICS)), the AP on each subset of the images.
         images: image id -> AP on that image alone at IoU 0.5, in 0..1; where there is an object or
             a detection.
+        errors: type of error -> what AP at IoU 0.5 would gain without it (Bolya et al. 2020, TIDE).
+        calibration: expected calibration error of the scores at IoU 0.5, in percent.
+        category_replicates: category id -> float64 (subsets,), AP on each of the first
+            CATEGORY_SUBSETS subsets; of categories with objects.
     """
 
     table: Dict[str, float]
@@ -36,6 +43,9 @@ class Evaluation:
     precision: np.ndarray
     replicates: np.ndarray
     images: Dict[int, float]
+    errors: Dict[str, float]
+    calibration: float
+    category_replicates: Dict[int, np.ndarray]
 
 
 def evaluate(
@@ -43,6 +53,7 @@ def evaluate(
     detections: Sequence[Dict[str, Any]],
     iou_type: str,
     subsets: Sequence[Sequence[int]] = (),
+    per_category: bool = False,
 ) -> Evaluation:
     """Scores ``detections``.
 
@@ -51,6 +62,7 @@ def evaluate(
         detections: as ``load_results`` gives them.
         iou_type: "bbox" or "segm".
         subsets: image ids of each subset to score as well.
+        per_category: whether to score each category by itself on the subsets, too.
     """
     # With a box present COCO sizes a detection by the box, not by the mask. Other fields, which
     # might be of a type that hotcoco refuses, are left out.
@@ -66,6 +78,8 @@ def evaluate(
         scorer.accumulate()
         scorer.summarize()
         slices = scorer.slice_by({str(n): list(ids) for n, ids in enumerate(subsets)})
+        errors = scorer.tide_errors()["delta_ap"]
+        calibration = scorer.calibration()["ece"]
     stats = dict(zip(scorer.metric_keys(), scorer.stats))
     # iou, recall, category, area range (the first: all), detections a picture
     precision = _valid(np.asarray(scorer.eval["precision"])[:, :, :, 0, -1])
@@ -78,8 +92,32 @@ def evaluate(
         },
         precision=_mean_over_categories(precision),
         replicates=_replicates(slices, len(subsets)),
+        errors={name: 100 * errors[name] for name in ERRORS},
+        calibration=100 * calibration,
+        category_replicates=_by_category(gt, found, iou_type, subsets) if per_category else {},
         images={key: entry["ap"] for key, entry in summary.items() if _counts(entry)},
     )
+
+
+def _by_category(
+    gt: GroundTruth,
+    found: hotcoco.COCO,
+    iou_type: str,
+    subsets: Sequence[Sequence[int]],
+) -> Dict[int, np.ndarray]:
+    names = {str(n): list(ids) for n, ids in enumerate(subsets[:CATEGORY_SUBSETS])}
+    replicates = {}
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.filterwarnings("ignore", message="hotcoco:")
+        for category in sorted({a["category_id"] for a in gt.dataset["annotations"]}):
+            scorer = hotcoco.COCOeval(gt.coco, found, iou_type)
+            scorer.params.max_dets = [MAX_DETECTIONS]
+            scorer.params.cat_ids = [category]
+            scorer.evaluate()
+            slices = scorer.slice_by(names)
+            ap = np.array([slices[name]["AP"] for name in names], dtype=float)
+            replicates[category] = 100 * _valid(ap)
+    return replicates
 
 
 def _valid(value):

@@ -187,7 +187,7 @@ def compare(
             detections = load_results(run.results, gt, iou_types)
             for iou_type in iou_types:
                 advance(f"{group.label}, seed {run.seed}, {iou_type}")
-                group.scores[iou_type].append(evaluate(gt, detections, iou_type, halves))
+                group.scores[iou_type].append(evaluate(gt, detections, iou_type, halves, True))
     units = len(gt.sizes) if clusters is None else len(set(clusters))
     return Comparison(
         gt=gt,

@@ -2,17 +2,23 @@
 
 import math
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 import jinja2
+import numpy as np
 
 from . import plots
+from .ap import ERRORS, METRICS, Evaluation
 from .comparison import Comparison, Group
+from .forest import Row, forest
+from .interval import Difference, Spread, difference, shared_spreads
 from .printable import printable
 from .text import (
+    MARKS,
     PAPER_TABLE,
     SEEDS_LEAD,
     TITLES,
+    bounds,
     columns,
     interval,
     model_text,
@@ -49,11 +55,18 @@ def html(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    clearest = comparison.clearest()
     return environment.get_template("report.html.j2").render(
         comparison=comparison,
         verdicts=verdicts(comparison),
+        forest=_verdict_forest(comparison),
+        legend=plots.legend(comparison),
         columns=[f"{m} {TITLES[t]}" for t, m in columns(comparison)],
         rows=_rows(comparison),
+        p_values=_p_values(comparison),
+        metrics=[_metrics(comparison, group) for group in clearest],
+        categories=_categories(comparison, clearest),
+        errors=[_errors(comparison, t) for t in comparison.iou_types],
         seeds_lead=SEEDS_LEAD,
         seed_lines=seed_lines(comparison),
         model=model_text(comparison),
@@ -65,11 +78,19 @@ def html(
             for f in plots.training_curves(comparison, groups)
         ],
         curves=_precision_recall(comparison),
-        categories=_categories(comparison, comparison.clearest()),
         pictures=pictures,
         notes=notes,
         paper=PAPER_TABLE if paper_applies(comparison) else None,
     )
+
+
+def _verdict_forest(comparison: Comparison) -> Dict[str, Any]:
+    rows = []
+    for label in comparison.differences:
+        verdict = comparison.verdict(label)
+        d = comparison.primary_difference(label)
+        rows.append(Row(label, d, True, verdict.value, MARKS[verdict]))
+    return forest(rows, comparison.margin)
 
 
 def _rows(comparison: Comparison) -> List[Dict[str, Any]]:
@@ -77,17 +98,59 @@ def _rows(comparison: Comparison) -> List[Dict[str, Any]]:
     for label, group in comparison.groups.items():
         cells = []
         for t, m in columns(comparison):
-            cell = {"value": number(group.mean(t, m)), "delta": "", "interval": "", "p": ""}
+            cell = {"value": number(group.mean(t, m)), "delta": "", "interval": ""}
             if group.baseline:
                 d = comparison.differences[label][t][m]
-                cell.update(
-                    delta=signed(d.delta),
-                    interval=interval(d),
-                    p="" if math.isnan(d.p) else f"p {p_value(d.p)} ({p_value(d.p_adjusted)})",
-                )
+                cell.update(delta=signed(d.delta), interval=interval(d))
             cells.append(cell)
         rows.append({"group": group, "cells": cells})
     return rows
+
+
+def _p_values(comparison: Comparison) -> List[List[str]]:
+    rows = []
+    for label, tables in comparison.differences.items():
+        found = [tables[t][m] for t, m in columns(comparison)]
+        rows.append([label, *(f"{p_value(d.p)} ({p_value(d.p_adjusted)})" for d in found)])
+    return rows
+
+
+def _metrics(comparison: Comparison, group: Group) -> Dict[str, Any]:
+    """All six metrics of one comparison: by IoU threshold and by size of the objects."""
+    table = comparison.differences[group.label]
+    rows = [Row(f"{TITLES[t]} {m}", table[t][m]) for t in comparison.iou_types for m in METRICS]
+    return {"title": f"{group.label} − {comparison.baseline}", "forest": forest(rows)}
+
+
+def _errors(comparison: Comparison, iou_type: str) -> Dict[str, Any]:
+    """What each type of error costs, by norm, and the calibration of the scores."""
+
+    def values(group: Group) -> List[np.ndarray]:
+        scores = group.scores[iou_type]
+        return [
+            *(np.array([s.errors[name] for s in scores]) for name in ERRORS),
+            np.array([s.calibration for s in scores]),
+        ]
+
+    rows = []
+    for group in comparison.groups.values():
+        own = values(group)
+        base = values(comparison.groups[group.baseline]) if group.baseline else own
+        cells = []
+        for a, b in zip(base, own):
+            cell = {"value": number(float(b.mean())), "delta": "", "interval": ""}
+            if group.baseline:
+                d = _over_seeds(a, b)
+                cell.update(delta=signed(d.delta), interval=bounds(d.ci95))
+            cells.append(cell)
+        rows.append({"group": group, "cells": cells})
+    return {"title": TITLES[iou_type], "rows": rows}
+
+
+def _over_seeds(base: np.ndarray, other: np.ndarray) -> Difference:
+    """The difference of two norms on these very images: they add no variance."""
+    given = [np.repeat(x[:, None], 2, axis=1) for x in (base, other)]
+    return difference(base, other, *given, 2, _spread(base, other))
 
 
 def _as_text(value: Any) -> Any:
@@ -113,26 +176,55 @@ def _precision_recall(comparison: Comparison) -> List[Dict[str, str]]:
     ]
 
 
+def _spread(base: np.ndarray, other: np.ndarray) -> Optional[Spread]:
+    return shared_spreads({"base": base, "other": other}, [("base", "other")])[0]
+
+
 def _categories(comparison: Comparison, groups: List[Group]) -> List[Dict[str, Any]]:
     found = []
     for group in groups:
         base = comparison.groups[group.baseline]
         for t in comparison.iou_types:
-            a, b = base.category_means(t), group.category_means(t)
-            rows = [(comparison.gt.categories[k], a[k], b[k]) for k in a if a[k] == a[k]]
-            rows.sort(key=lambda row: row[1] - row[2])
-            bars = [(name, y - x) for name, x, y in rows]
-            if len(bars) > 2 * _CATEGORY_ROWS:
-                bars = bars[:_CATEGORY_ROWS] + bars[-_CATEGORY_ROWS:]
-            title = f"{group.label} − {base.name}, {TITLES[t]}"
+            rows = _category_rows(comparison, base, group, t)
             if not rows:
                 continue
+            ends = rows
+            if len(rows) > 2 * _CATEGORY_ROWS:
+                ends = rows[:_CATEGORY_ROWS] + rows[-_CATEGORY_ROWS:]
+            a, b = base.category_means(t), group.category_means(t)
+            names = comparison.gt.categories
+            table = {names[k]: (number(a[k]), number(b[k])) for k in names}
             found.append(
                 {
-                    "title": title,
-                    "cut": len(rows) - len(bars),
-                    "svg": plots.category_bars(bars, f"per category: {title}"),
-                    "rows": [(n, number(x), number(y), signed(y - x)) for n, x, y in rows],
+                    "title": f"{group.label} − {base.name}, {TITLES[t]}",
+                    "cut": len(rows) - len(ends),
+                    "forest": forest(ends),
+                    "rows": [
+                        (r.label, *table[r.label], signed(r.difference.delta),
+                         bounds(r.difference.ci95 or r.difference.checkpoint_interval()))
+                        for r in rows
+                    ],
                 }
-            )
+            )  # fmt: skip
     return found
+
+
+def _category_rows(comparison: Comparison, base: Group, other: Group, iou_type: str) -> List[Row]:
+    """A row a category, the largest gain first; marked where 0 is excluded for all together."""
+    a, b = base.scores[iou_type], other.scores[iou_type]
+    keys = [k for k in a[0].category_replicates if not math.isnan(a[0].categories[k])]
+    rows = []
+    for key in keys:
+        x, y = (np.array([s.categories[key] for s in scores]) for scores in (a, b))
+        d = difference(
+            x, y, _replicates(a, key), _replicates(b, key), comparison.units, _spread(x, y),
+            comparisons=len(keys),
+        )  # fmt: skip
+        clear = d.p_adjusted < 0.05
+        mark = ("▲" if d.delta > 0 else "▼") if clear else ""
+        rows.append(Row(comparison.gt.categories[key], d, mark=mark))
+    return sorted(rows, key=lambda row: -row.difference.delta)
+
+
+def _replicates(scores: Sequence[Evaluation], category: int) -> np.ndarray:
+    return np.array([s.category_replicates[category] for s in scores])

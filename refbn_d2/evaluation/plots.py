@@ -18,7 +18,7 @@ from .printable import printable
 from .runs import training_log
 from .text import TITLES
 
-__all__ = ["ap_by_condition", "ap_per_seed", "category_bars", "precision_recall", "training_curves"]
+__all__ = ["ap_by_condition", "ap_per_seed", "legend", "precision_recall", "training_curves"]
 
 _INK = "#010203"  # stands for the page's text colour until the SVG is written
 _WIDTH = 5.2  # inches; the SVG scales with the page
@@ -26,6 +26,9 @@ _WIDTH = 5.2  # inches; the SVG scales with the page
 COLORS = ["#8c8c8c", "#2f86d6", "#d9772b", "#2a9d6f", "#b65fc2", "#b08d12", "#cf4f5f", "#5f77d8"]
 MARKERS = "osD^vPX*"
 LINES = ["-", "--", "-.", ":"]
+# The same in the page's own legend.
+_GLYPHS = dict(zip(MARKERS, "●■◆▲▼✚✖★"))
+_DASHES = dict(zip(LINES, ("none", "6 3", "6 3 1.5 3", "1.5 2.5")))
 _RC = {
     "text.parse_math": False,  # a "$" in a name is a "$"
     "svg.fonttype": "none",  # text stays text: small, searchable, in the page's colour
@@ -81,9 +84,12 @@ def _name(text: str) -> str:
     return printable(text, 60)
 
 
-def _legend(ax, handles, labels) -> None:
-    unique = dict(zip(labels, handles))
-    ax.legend(unique.values(), unique.keys(), frameon=False, fontsize=9)
+def legend(comparison: Comparison) -> List[Dict[str, str]]:
+    """How each norm is drawn in all figures: {"name", "color", "marker", "dash"}."""
+    return [
+        {"name": name, "color": color, "marker": _GLYPHS[marker], "dash": _DASHES[line]}
+        for name, (color, marker, line) in _styles(comparison).items()
+    ]
 
 
 @_drawn
@@ -112,44 +118,47 @@ def precision_recall(comparison: Comparison, groups: Sequence[Group], iou_type: 
         for group in groups:
             color, _, line = styles[group.name]
             curve = np.mean([s.precision[row] for s in group.scores[iou_type]], axis=0)
-            ax.plot(recall, curve, line, color=color, linewidth=1.8, label=_name(group.name))
+            ax.plot(recall, curve, line, color=color, linewidth=1.8)
         ax.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", title=f"IoU {iou}")
         ax.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
     axes[0].set_ylabel("precision")
-    _legend(axes[1], *axes[1].get_legend_handles_labels())
     return _svg(figure, f"precision by recall, {TITLES[iou_type]}, {groups[0].condition}")
 
 
 @_drawn
 def training_curves(comparison: Comparison, groups: Sequence[Group]) -> List[str]:
-    """Loss and AP by iteration, a line a run; only what the runs' logs hold."""
+    """Loss and AP by iteration: a line for the mean over runs, a band for their range."""
     styles = _styles(comparison)
-    logs = [
-        (group.name, training_log(run.log)) for group in groups for run in group.runs if run.log
-    ]
+    logs = [(g.name, [training_log(run.log) for run in g.runs if run.log]) for g in groups]
     figures = []
     for key, title in (("total_loss", "loss"), ("bbox/AP", "box AP"), ("segm/AP", "mask AP")):
-        curves = [(name, np.array(log[key])) for name, log in logs if log[key]]
-        if not any(len(points) > 1 for _, points in curves):  # evaluated once, at the end
+        # A run that is evaluated once, at the end, has no curve.
+        curves = [(name, [log[key] for log in found if len(log[key]) > 1]) for name, found in logs]
+        curves = [(name, _together(runs)) for name, runs in curves if runs]
+        if not curves:
             continue
         figure, (ax,) = _figure(2.7)
-        for name, points in curves:
+        for name, (steps, values) in curves:
             color, marker, line = styles[name]
-            dots = marker if len(points) < 30 else None
-            ax.plot(
-                *points.T,
-                line,
-                marker=dots,
-                markersize=4,
-                color=color,
-                linewidth=1.2,
-                label=_name(name),
-            )
+            ax.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.2, lw=0)
+            dots = marker if len(steps) < 30 else None
+            ax.plot(steps, values.mean(0), line, marker=dots, ms=4, color=color, lw=1.4)
         ax.set(xlabel="iteration", ylabel=title)
         ax.set_title(_name(groups[0].condition), fontsize=10.5)
-        _legend(ax, *ax.get_legend_handles_labels())
         figures.append(_svg(figure, f"training: {title} {groups[0].condition}"))
     return figures
+
+
+def _together(runs: Sequence[List[List[float]]]) -> Tuple[np.ndarray, np.ndarray]:
+    """Curves of several runs at the steps of the first, as far as all of them go.
+
+    Returns:
+        float64 (n,) and (runs, n).
+    """
+    curves = [np.array(sorted(dict(map(tuple, run)).items())) for run in runs]
+    end = min(curve[-1, 0] for curve in curves)
+    steps = curves[0][curves[0][:, 0] <= end, 0]
+    return steps, np.array([np.interp(steps, *curve.T) for curve in curves])
 
 
 @_drawn
@@ -176,7 +185,6 @@ def ap_by_condition(comparison: Comparison, iou_type: str) -> List[str]:
             ax.sharey(axes[0])
         figure.supxlabel(title, fontsize=10.5)
         axes[0].set_ylabel(f"{TITLES[iou_type]} AP")
-        _legend(axes[-1], *axes[-1].get_legend_handles_labels())
         figures.append(_svg(figure, f"{TITLES[iou_type]} AP by {title}"))
     return figures
 
@@ -194,24 +202,7 @@ def _condition_panel(ax, comparison: Comparison, iou_type, axis, other, panel) -
         ]
         found.sort(key=lambda pair: pair[0])
         means = [g.mean(iou_type, "AP") for _, g in found]
-        ax.plot([x for x, _ in found], means, line, color=color, linewidth=1.6, label=_name(name))
+        ax.plot([x for x, _ in found], means, line, color=color, linewidth=1.6)
         for x, group in found:
             ap = [s.table["AP"] for s in group.scores[iou_type]]
             ax.plot([x] * len(ap), ap, marker, color=color, markersize=5, alpha=0.8)
-
-
-@_drawn
-def category_bars(rows: Sequence[Tuple[str, float]], title: str) -> str:
-    """Horizontal bars, (category, difference of AP), in the order given."""
-    figure, (ax,) = _figure(0.8 + 0.24 * len(rows))
-    values = [v for _, v in rows]
-    # The sign is in the hatching too, not in the colour alone.
-    colors = [COLORS[1] if v >= 0 else COLORS[2] for v in values]
-    bars = ax.barh(range(len(rows)), values, color=colors, height=0.7)
-    for bar, value in zip(bars, values):
-        bar.set(hatch="" if value >= 0 else "///", edgecolor=_INK, linewidth=0.4)
-    ax.axvline(0, color=_INK, linewidth=0.8)
-    ax.set_yticks(range(len(rows)), [_name(name) for name, _ in rows])
-    ax.set_ylim(len(rows) - 0.4, -0.6)
-    ax.set_xlabel("difference of AP")
-    return _svg(figure, title)

@@ -8,9 +8,10 @@ import pytest
 from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 
-from refbn_d2.evaluation.ap import METRICS, evaluate
+from refbn_d2.evaluation.ap import ERRORS, METRICS, evaluate
 from refbn_d2.evaluation.coco_evaluator import _HotCOCOeval
 from refbn_d2.evaluation.inputs import load_ground_truth, load_results
+from refbn_d2.evaluation.interval import half_samples
 from tests.evaluation import generated
 
 IOU_TYPES = ("bbox", "segm")
@@ -149,3 +150,33 @@ def test_replicates_equal_pycocotools_on_the_same_images(gt, content, iou_type):
     for row, subset in zip(rows, subsets):
         stats = generated.reference(content, results, iou_type, subset).stats[:6]
         np.testing.assert_allclose(row, np.where(stats > -1, 100 * stats, np.nan), atol=1e-9)
+
+
+def test_categories_on_subsets_average_to_ap_on_subsets(gt, content):
+    """COCO's AP is the mean over the categories that have objects in the subset."""
+    halves = half_samples(list(gt.sizes), 5, 0)
+    for iou_type in ("bbox", "segm"):
+        score = evaluate(gt, generated.detections(content), iou_type, halves, per_category=True)
+        assert set(score.category_replicates) == set(gt.categories)
+        mean = np.nanmean(list(score.category_replicates.values()), axis=0)
+        np.testing.assert_allclose(mean, score.replicates[:, 0], atol=1e-9)
+
+
+def test_types_of_errors(gt, content):
+    """Detections that are right but for one thing have that type of error, and no other."""
+    right = [
+        {"score": 0.9, **{k: a[k] for k in ("image_id", "category_id", "bbox")}}
+        for a in content["annotations"]
+        if not a["iscrowd"]
+    ]
+
+    def errors(found):
+        return evaluate(gt, found, "bbox").errors
+
+    assert errors(right) == dict.fromkeys(ERRORS, 0.0)
+    half = right[::2]
+    assert max(errors(half), key=errors(half).get) == "Miss"
+    # Each second box comes before the next object's first, so that it costs precision.
+    twice = [{**d, "score": 1 - n / len(right) / 2} for n, d in enumerate(right) for _ in range(2)]
+    assert {k for k, v in errors(twice).items() if v > 0} == {"Dupe"}
+    assert evaluate(gt, right, "bbox").calibration == pytest.approx(10)  # score 0.9, all right
