@@ -1,11 +1,12 @@
 """Does the norm really help? Compares detectors that differ in their norm.
 
-run      trains the cells of a matrix file: norms x seeds x images per batch x grouping
+run      trains what a matrix file lists: norms x seeds x images per batch x grouping
 report   from run folders, or from COCO results files: report.json, report.md, report.html
 """
 
 import argparse
 from pathlib import Path
+from typing import Any, Dict, List
 
 from rich.console import Console
 from rich.markdown import Markdown
@@ -25,19 +26,45 @@ def add_run(commands) -> None:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of the run folders")
     parser.add_argument("--num-gpus", type=int, default=0, help="of each run; 0 for the CPU")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, sharing the cores")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time, sharing the cores, each with own GPUs"
+    )
+    parser.add_argument(
+        "--until-decided",
+        action="store_true",
+        help="add seeds where a comparison is undecided, at looks fixed beforehand",
+    )
+    parser.add_argument(
+        "--max-seeds", type=int, default=12, help="runs a norm; default %(default)s"
+    )
+    parser.add_argument(
+        "--margin",
+        type=float,
+        default=MARGIN,
+        help="a difference of AP within +-MARGIN is practically none; default %(default)s",
+    )
+    parser.add_argument("--baseline", metavar="NAME", help="default: the first name")
     parser.set_defaults(function=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..experiments.matrix import load_matrix
+    from ..evaluation.sequential import Plan
+    from ..experiments.matrix import RunSpec, load_matrix
     from ..experiments.runner import run_matrix
+    from ..experiments.until_decided import run_until_decided
 
     if args.jobs < 1:
         raise UserError(f"--jobs {args.jobs}: use at least 1")
-    records = run_matrix(
-        load_matrix(find_config(args.matrix)), args.output, args.num_gpus, args.jobs
-    )
+    specs = load_matrix(find_config(args.matrix))
+
+    def train(specs: List[RunSpec]) -> List[Dict[str, Any]]:
+        return run_matrix(specs, args.output, args.num_gpus, args.jobs)
+
+    if args.until_decided:
+        plan = Plan(args.max_seeds, args.margin)
+        run_until_decided(specs, args.output, plan, args.baseline, train, args.jobs)
+        return
+    records = train(specs)
     failed = sum(record["status"] != "finished" for record in records)
     if failed:
         raise UserError(f"{failed} of {len(records)} runs did not finish; see above")

@@ -8,7 +8,6 @@ use disjoint samples.
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Dict, List, Tuple
 
@@ -18,6 +17,8 @@ from detectron2.data.datasets import load_coco_json
 from pycocotools import mask as mask_util
 
 from ..extras import needs_extra
+from ..io.atomic import PARTIAL
+from ..io.lock import folder_lock
 
 __all__ = [
     "SPLITS",
@@ -174,20 +175,16 @@ def generate(folder: Path) -> None:
 
 
 def _ensure() -> Path:
-    """Generates the data set if it is not there. Safe with several processes at once."""
+    """Generates the data set if it is not there; one process does, others wait for it."""
     folder = root()
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name))
-        try:
-            generate(partial)
-            partial.chmod(0o755)
-            partial.rename(folder)
-        except OSError:
-            if not folder.exists():  # else another process was faster
-                raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        with folder_lock(folder.parent, name=f".{folder.name}.lock", wait=True):
+            partial = folder.with_name(folder.name + PARTIAL)
+            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+            if not folder.exists():
+                partial.mkdir()
+                generate(partial)
+                partial.rename(folder)
     return folder
 
 

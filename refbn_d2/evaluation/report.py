@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Dict, List, Optional, Sequence
 
 from .. import __version__
 from ..errors import UserError
+from ..io.lock import folder_lock
 from .ap import METRICS
 from .comparison import Comparison
 from .html import html
@@ -19,6 +21,8 @@ from .pictures import pictures
 from .text import model_text
 
 __all__ = ["as_json", "check_output", "write_report"]
+
+_PREFIX = ".report-"  # of the folder in which a report is made
 
 
 def as_json(comparison: Comparison, notes: Sequence[str] = ()) -> Dict[str, Any]:
@@ -120,10 +124,16 @@ def write_report(comparison: Comparison, folder: Path, images: Optional[Path] = 
         "report.md": markdown(comparison, notes),
         "report.html": html(comparison, notes, drawn),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".report-") as partial:
+    with folder_lock(folder):
+        for leftover in folder.glob(f"{_PREFIX}*"):  # of a process that was killed
+            shutil.rmtree(leftover)
+        _write(texts, folder)
+    return [folder / name for name in texts]
+
+
+def _write(texts: Dict[str, str], folder: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=_PREFIX) as partial:
         for name, text in texts.items():
             Path(partial, name).write_text(text, encoding="utf-8")
         for name in texts:
             os.replace(Path(partial, name), folder / name)
-    return [folder / name for name in texts]

@@ -76,3 +76,13 @@ def test_an_interrupted_generation_leaves_nothing(small, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         DatasetCatalog.get("quick_digits_val")
     assert list(quick.root().parent.iterdir()) == []
+
+
+def test_what_a_killed_generation_left_goes(small):
+    root = quick.root()
+    partial = root.with_name(root.name + ".partial")
+    (partial / "train").mkdir(parents=True)
+    (partial / "train/000001.png").write_bytes(b"half")
+    quick.generate(small / "a")
+    assert len(DatasetCatalog.get("quick_digits_train")) == 8
+    assert _files(root) == _files(small / "a") and not partial.exists()

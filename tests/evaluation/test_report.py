@@ -275,5 +275,14 @@ def test_an_older_report_survives_a_failure(tmp_path, gt_file, files, monkeypatc
     monkeypatch.setattr(Path, "write_text", disk_full)
     with pytest.raises(OSError, match="no space"):
         write_report(comparison, tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+    assert [p.name for p in tmp_path.glob("[!.]*")] == ["report.json"]
     assert (tmp_path / "report.json").read_text() == "older"
+
+
+def test_what_a_killed_report_left_goes(tmp_path, gt_file, files):
+    (tmp_path / ".report-half").mkdir()
+    (tmp_path / ".report-half/report.md").touch()
+    comparison = compare(named_results([f"A={files['a']}"]), gt_file, ["bbox"], None, 9, 0)
+    write_report(comparison, tmp_path)
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {"report.json", "report.md", "report.html", ".lock"}
