@@ -4,6 +4,19 @@ quick data sets. Without detectron2 only these parts work: ``refbn_d2.norms`` (P
 
 import importlib
 import warnings
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the names that __getattr__ below finds when they are used
+    from .config import add_refbn_config, apply_norm_config
+    from .config_files import get_config_file
+    from .norms import (
+        RefBatchNorm2d,
+        convert_norm,
+        fold_norms,
+        register_norm,
+        unregister_norm,
+    )
+    from .statistics.reference import capture_reference
 
 __version__ = "0.1.0"
 
@@ -36,7 +49,7 @@ _HOME = {
 _MOVED = {"reference": "statistics.reference"}
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _MOVED:
         return importlib.import_module(f"{__name__}.{_MOVED[name]}")
     if name not in _HOME:

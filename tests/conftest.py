@@ -5,12 +5,43 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable, List, NamedTuple
 
 import pytest
 import torch
 
 torch.set_num_threads(2)
+
+# What takes more than a few seconds by --durations: these start processes or train. A test
+# elsewhere that does is marked by hand, @pytest.mark.slow.
+_SLOW = (
+    "tests/benchmarks/",
+    "tests/classification/test_trainer.py",
+    "tests/commands/",
+    "tests/corpus/test_annotations.py",
+    "tests/corpus/test_images.py",
+    "tests/engine/test_command.py",
+    "tests/engine/test_launcher.py",
+    "tests/engine/test_resume.py",
+    "tests/engine/test_signals.py",
+    "tests/engine/test_trainer.py",
+    "tests/experiments/test_matrix.py::test_run_",
+    "tests/experiments/test_runner.py",
+    "tests/norms/kernels/test_cpu_cpp.py",
+    "tests/norms/kernels/test_kernels.py::test_triton_",
+    "tests/norms/kernels/test_library.py",
+    "tests/norms/test_sync_ref_batch_norm.py",
+    "tests/statistics/",
+    "tests/test_deployment.py",
+    "tests/test_wheel.py",
+    "tests/weights/test_convert.py",
+)
+
+
+def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
+    for item in items:
+        if item.nodeid.startswith(_SLOW):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)
