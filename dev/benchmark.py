@@ -147,17 +147,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=("layers", "models"))
-    parser.add_argument("--repeats", type=int, default=15, help="rounds")
     parser.add_argument(
-        "--norms", nargs="+", help="of the layers, to save time; BN is always there"
+        "--repeats", type=int, default=15, help="rounds, in each of which every norm runs once"
+    )
+    parser.add_argument(
+        "--norms", nargs="+", help="norms of the layers to measure besides BN; default: all"
     )
     parser.add_argument("--layout", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--model", choices=MODELS, default="quick", help="for models")
-    parser.add_argument("--images", type=int, default=4, help="images a step, for models")
+    parser.add_argument("--model", choices=MODELS, default="quick", help="detector to measure")
+    parser.add_argument(
+        "--images", type=int, default=4, help="images in a training step of the detector"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--json", type=Path, help="file for all numbers")
+    parser.add_argument("--json", type=Path, help="file to write all numbers to")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     result = layers(args) if args.what == "layers" else models(args)

@@ -1,4 +1,4 @@
-"""Does the norm really help? Compares detectors that differ in their norm.
+"""Trains detectors that differ in their norm, and reports whether their AP differs.
 
 run      trains what a matrix file lists: norms x seeds x images per batch x grouping
 report   from run folders, or from COCO results files: report.json, report.md, report.html

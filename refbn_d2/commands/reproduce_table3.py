@@ -80,17 +80,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--miniature", action="store_true", help=f"the matrix {MINIATURE}")
-    what.add_argument("--matrix", default=FULL, help="default: %(default)s")
+    what.add_argument("--miniature", action="store_true", help=f"use the matrix {MINIATURE}")
+    what.add_argument("--matrix", default=FULL, help="matrix file; default: %(default)s")
     parser.add_argument(
-        "--seeds", type=int, nargs="+", help="instead of the matrix's: for more, or for a share"
-    )
-    parser.add_argument("--num-gpus", type=int, help="of each run; default 8, or 0 in miniature")
-    parser.add_argument(
-        "--jobs", type=int, help="runs at a time, without GPUs; default 1, or 2 in miniature"
+        "--seeds", type=int, nargs="+", help="seeds to run; default: those of the matrix"
     )
     parser.add_argument(
-        "--output", type=Path, help="default output/table3, or output/table3_miniature"
+        "--num-gpus", type=int, help="GPUs of each run; default: 8, or 0 in miniature"
+    )
+    parser.add_argument("--jobs", type=int, help="runs at a time; default: 1, or 2 in miniature")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="output folder; default: output/table3, or output/table3_miniature",
     )
     parser.add_argument("--dry-run", action="store_true", help="list the steps and stop")
     args = parser.parse_args()
