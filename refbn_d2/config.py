@@ -7,7 +7,6 @@ import os
 import re
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, Iterator, List, Optional
-from unittest import mock
 
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
@@ -19,6 +18,7 @@ from torch import nn
 from .errors import UserError
 from .io import yaml as plain_yaml
 from .norms.table import configure
+from .upstream import exchanged
 
 __all__ = [
     "KEYS",
@@ -237,7 +237,7 @@ def load_config(path: str, opts: Optional[List[str]] = None) -> CN:
     if path:
         content = _read_with_bases(path, path, itertools.count(1))
         # merge_from_file also brings configs of older versions up to date; its reader runs code.
-        with mock.patch.object(CN, "load_yaml_with_base", lambda *_, **__: content):
+        with exchanged("detectron2.config:CfgNode.load_yaml_with_base", lambda *_, **__: content):
             _merge(cfg, path, lambda: cfg.merge_from_file(path))
     _merge(cfg, "on the command line", lambda: cfg.merge_from_list(opts or []))
     register_datasets(cfg)

@@ -3,7 +3,6 @@
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, Dict, Iterator, List
-from unittest import mock
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -12,6 +11,7 @@ from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
 from ..errors import UserError
+from ..upstream import exchanged
 from ..weights import safe_pickle
 
 __all__ = ["checked_proposals"]
@@ -38,7 +38,7 @@ def checked_proposals(cfg: CfgNode) -> Iterator[None]:
                 f"DATASETS.PROPOSAL_FILES_{split} has {len(files)} files for the {len(names)} data "
                 f"sets of DATASETS.{split}: MODEL.LOAD_PROPOSALS needs one each"
             )
-    with mock.patch.object(build, "load_proposals_into_dataset", _load_proposals):
+    with exchanged("detectron2.data.build:load_proposals_into_dataset", _load_proposals):
         yield
 
 
@@ -53,7 +53,8 @@ def _load_proposals(dicts: List[Dict[str, Any]], path: str) -> List[Dict[str, An
         _check(proposals, dicts)
     except ValueError as e:
         raise UserError(f"proposals {path!r}: {e} (DATASETS.PROPOSAL_FILES_*)") from None
-    with mock.patch.object(build, "pickle", SimpleNamespace(load=lambda *_, **__: proposals)):
+    reader = SimpleNamespace(load=lambda *_, **__: proposals)
+    with exchanged("detectron2.data.build:pickle", reader):
         return _upstream(dicts, path)
 
 

@@ -5,16 +5,15 @@ import os
 import re
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
-from unittest import mock
 
-import torch
-from detectron2.checkpoint import DetectionCheckpointer, detection_checkpoint
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..errors import UserError
 from ..io.atomic import PARTIAL, atomic_write
 from ..modeling.timm_weights import with_detector_names
+from ..upstream import exchanged
 from ..weights import safe_pickle
 from ..weights.files import atomic_save, find_state_dict, first_sentence, read_weights
 from ..weights.folded import FOLDED_VAR
@@ -202,8 +201,8 @@ class Checkpointer(DetectionCheckpointer):
             content = {"model": read_weights(filename)}
         else:
             # A plain unpickler runs whatever a file asks it to.
-            with mock.patch.object(detection_checkpoint, "pickle", safe_pickle):
-                with mock.patch.object(torch, "load", safe_pickle.load_torch):
+            with exchanged("detectron2.checkpoint.detection_checkpoint:pickle", safe_pickle):
+                with exchanged("torch:load", safe_pickle.load_torch):
                     content = super()._load_file(filename)
         # Upstream knows the key "model", and takes the whole content without it.
         found = find_state_dict(content)

@@ -4,7 +4,6 @@ import logging
 import os
 import weakref
 from typing import Any, Dict, Iterator, List, Optional
-from unittest import mock
 
 from detectron2.config import CfgNode
 from detectron2.data import (
@@ -20,7 +19,6 @@ from detectron2.engine import (
     HookBase,
     create_ddp_model,
     default_setup,
-    defaults,
     hooks,
 )
 from detectron2.modeling import GeneralizedRCNNWithTTA
@@ -40,6 +38,7 @@ from ..errors import UserError
 from ..rng import forked_rng
 from ..statistics.inference import recompute_statistics
 from ..statistics.reference import reference_layers
+from ..upstream import exchanged
 from .checkpoint import Checkpointer
 from .evaluators import build_evaluator
 from .hooks import EvalHook, ExactResume, ProgressBar, ReferenceHook, StatisticsHook
@@ -98,7 +97,7 @@ class Trainer(DefaultTrainer):
     metrics: Optional[MetricsWriter] = None
 
     def __init__(self, cfg: CfgNode):
-        with mock.patch.object(defaults, "create_ddp_model", _ddp):
+        with exchanged("detectron2.engine.defaults:create_ddp_model", _ddp):
             super().__init__(cfg)
         self._check_evaluation(cfg)
         self.checkpointer = self.build_checkpointer(

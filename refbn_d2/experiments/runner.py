@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any, Dict, List, Optional
@@ -279,8 +280,8 @@ def run_matrix(
         The record of each run, as in its ``run.json``.
 
     Raises:
-        UserError: ``output`` holds one of the runs with another config, another process runs a
-            matrix in it, or there are not enough GPUs.
+        UserError: ``output`` holds one of the runs with another config, another process runs one
+            of the seeds in it, or there are not enough GPUs.
     """
     console = Console(stderr=True)
     columns = (
@@ -289,7 +290,11 @@ def run_matrix(
         MofNCompleteColumn(),
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
     )
-    with folder_lock(output), Progress(*columns, console=console) as progress:
+    with ExitStack() as stack:
+        # Runs of different seeds share nothing: several machines may take some seeds each.
+        for seed in sorted({spec.seed for spec in specs}):
+            stack.enter_context(folder_lock(output, name=f".lock_seed{seed}"))
+        progress = stack.enter_context(Progress(*columns, console=console))
         runner = _Runner(output, num_gpus, jobs, progress)
         for spec in specs:
             runner.check(spec)

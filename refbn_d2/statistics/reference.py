@@ -3,7 +3,6 @@
 import logging
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List
-from unittest import mock
 
 import torch
 from detectron2.structures import ImageList
@@ -16,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from ..norms import ReferenceNorm2d, capture
 from ..norms.processes import all_gather
 from ..rng import forked_rng
+from ..upstream import exchanged
 
 __all__ = ["capture_reference", "reference_layers"]
 
@@ -61,7 +61,7 @@ def _padded_to(height: int, width: int) -> Iterator[None]:
         images = from_tensors([*tensors, extra], *args, **kwargs)
         return ImageList(images.tensor[:-1], images.image_sizes[:-1])
 
-    with mock.patch.object(ImageList, "from_tensors", staticmethod(padded)):
+    with exchanged("detectron2.structures:ImageList.from_tensors", staticmethod(padded)):
         yield
 
 

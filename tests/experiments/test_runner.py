@@ -16,6 +16,7 @@ from refbn_d2.errors import UserError
 from refbn_d2.experiments import runner
 from refbn_d2.experiments.matrix import load_matrix
 from refbn_d2.experiments.runner import run_matrix
+from refbn_d2.io.lock import folder_lock
 
 BASE = str(tiny.ROOT / "configs/Quick/Base-mask_rcnn_R_50_C4_quick.yaml")
 
@@ -174,3 +175,14 @@ def test_killed_its_training_ends_and_keeps_its_state(tmp_path, tiny_data):
 def test_a_matrix_without_an_evaluation_is_refused(tmp_path):
     with pytest.raises(UserError, match="BN.*DATASETS.TEST is empty"):
         run_matrix(_specs(tmp_path, OPTS=["DATASETS.TEST", "()"]), tmp_path / "out", 0, 1)
+
+
+def test_two_calls_may_take_different_seeds_of_one_output(tmp_path, child):
+    """As on two machines; those that share a seed are refused (see above, with real processes)."""
+    child("exit 0")
+    output = tmp_path / "out"
+    with folder_lock(output, name=".lock_seed2"):
+        records = run_matrix(_specs(tmp_path, SEEDS=[1]), output, 0, 1)
+    assert [r["status"] for r in records] == ["finished"]
+    locks = {p.name for p in output.glob(".lock*")}
+    assert locks == {".lock_seed1", ".lock_seed2"}
