@@ -77,7 +77,7 @@ def verdict_text(comparison: Comparison, label: str) -> str:
     """What is known about ``label`` and its baseline, in a sentence or two."""
     d, verdict = comparison.primary_difference(label), comparison.verdict(label)
     base, ap = comparison.baseline, f"{TITLES[comparison.primary]} AP"
-    found = f"{signed(d.delta)} {interval(d)}"
+    found = f"{signed(d.delta)} {interval(d)}".strip()
     if math.isnan(d.delta):
         return f"{label} and {base} have no {ap} to compare."
     if 1 in d.runs and d.se != 0:
@@ -137,7 +137,7 @@ def _budget(d: Difference, comparison: Comparison) -> str:
     if needed is None:
         if d.se == 0:
             return "the same results."
-        return "unknown, since one run shows no spread over seeds."
+        return "unknown" + (", since one run shows no spread over seeds." if 1 in d.runs else ".")
     units = "clusters" if comparison.cluster else "images"
     total = d.se**2
     shares = {

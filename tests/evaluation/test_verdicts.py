@@ -105,6 +105,13 @@ def test_budget_says_what_pays():
     assert "no number of runs suffices on as many images" in seed_lines(made)[0]
 
 
+def test_nothing_to_measure_is_said():
+    made = comparison({"BN": [float("nan")] * 2, "X": [float("nan")] * 2})
+    assert only(made)["mark"] == "?"
+    assert only(made)["text"] == "X and BN have no box AP to compare."
+    assert seed_lines(made) == ["X (2 against 2 runs): unknown."]
+
+
 def test_marks_are_four_different_signs():
     assert set(MARKS) == set(Verdict) and len(set(MARKS.values())) == 4
 
