@@ -489,7 +489,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--repetitions", type=int, default=4000, help="simulated intervals a row")
     parser.add_argument(
-        "--sets", type=int, default=100, help="simulated data sets of detectors a row; 0: none"
+        "--sets", type=int, default=200, help="simulated data sets of detectors a row; 0: none"
     )
     args = parser.parse_args()
     print_coverage(args.repetitions)
