@@ -75,8 +75,9 @@ def _check(proposals: Any, dicts: List[Dict[str, Any]]) -> None:
     for image, boxes, logits in zip(lists["ids"], lists["boxes"], lists["objectness_logits"]):
         if str(image) not in wanted:
             continue
-        arrays = [a for a in (boxes, logits) if isinstance(a, np.ndarray) and a.dtype.kind in "fiu"]
-        if [a.shape for a in arrays] != [(len(boxes), 4), (len(boxes),)]:
+        arrays = boxes, logits
+        are_numbers = all(isinstance(a, np.ndarray) and a.dtype.kind in "fiu" for a in arrays)
+        if not are_numbers or logits.ndim != 1 or boxes.shape != (len(logits), 4):
             raise ValueError(f"image {image} needs an array of N x 4 boxes and one of N logits")
         if not all(np.isfinite(a).all() for a in arrays):
             raise ValueError(f"image {image} has boxes or logits that are not finite")

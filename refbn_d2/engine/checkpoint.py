@@ -4,7 +4,8 @@ import errno
 import os
 import re
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from types import SimpleNamespace
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
@@ -30,6 +31,18 @@ _RESNET_WEIGHT = re.compile(r"res\d\.\d+\.(conv\d|shortcut)(\.norm)?\.weight$")
 _RESNET_STATISTICS = re.compile(
     r"res\d\.\d+\.(conv\d|shortcut)\.norm\.(running_var|ref_mean|ref_var)$"
 )
+
+
+def _dict_of(load: Callable[..., Any]) -> Callable[..., Dict[str, Any]]:
+    """``load``, with an error where a file holds anything but a dict."""
+
+    def loaded(*args: Any, **kwargs: Any) -> Dict[str, Any]:
+        content = load(*args, **kwargs)
+        if not isinstance(content, dict):
+            raise ValueError("it holds no weights by name")
+        return content
+
+    return loaded
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -201,18 +214,19 @@ class Checkpointer(DetectionCheckpointer):
             content = {"model": read_weights(filename)}
         else:
             # A plain unpickler runs whatever a file asks it to.
-            with exchanged("detectron2.checkpoint.detection_checkpoint:pickle", safe_pickle):
-                with exchanged("torch:load", safe_pickle.load_torch):
+            pickle = SimpleNamespace(load=_dict_of(safe_pickle.load))
+            with exchanged("detectron2.checkpoint.detection_checkpoint:pickle", pickle):
+                with exchanged("torch:load", _dict_of(safe_pickle.load_torch)):
                     content = super()._load_file(filename)
-        # Upstream knows the key "model", and takes the whole content without it.
-        found = find_state_dict(content)
-        if isinstance(found.weights, dict) and find_state_dict(found.weights).key:
-            found = find_state_dict(found.weights)
-        if found.key != "model" or found.others:
-            self.logger.info("Of %s, %s", self._path, found)
-        weights = content["model"] = found.weights
+        weights = content["model"]
         if not isinstance(weights, dict) or not all(isinstance(k, str) for k in weights):
             raise UserError(f"weights {filename!r}: no names and tensors in it (MODEL.WEIGHTS)")
+        # Upstream knows the key "model", and takes the whole content without it.
+        inner = find_state_dict(weights)
+        found = inner if inner.key else find_state_dict(content)
+        if found.key != "model" or found.others:
+            self.logger.info("Of %s, %s", self._path, found)
+        content["model"] = found.weights
         return content
 
     def _load_model(self, checkpoint: Any):

@@ -98,8 +98,20 @@ def _latin1(text: str, encoding: str) -> bytes:
     return text.encode(encoding)
 
 
+def _no_bytes(*args: Any) -> bytes:
+    """How protocol 2 writes b"", as the content of an empty array; ``bytes`` would allocate."""
+    if args:
+        raise _UnpicklingError("it asks for bytes by their number")
+    return b""
+
+
 # How arrays, their types and numbers are rebuilt.
-_NUMPY: Dict[Tuple[str, str], Any] = {("numpy", "ndarray"): _Array, ("numpy", "dtype"): _DType}
+_NUMPY: Dict[Tuple[str, str], Any] = {
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _DType,
+    ("builtins", "bytes"): _no_bytes,
+    ("__builtin__", "bytes"): _no_bytes,
+}
 for _core in ("numpy.core", "numpy._core"):
     _NUMPY[f"{_core}.multiarray", "_reconstruct"] = _reconstruct
     _NUMPY[f"{_core}.multiarray", "scalar"] = _scalar

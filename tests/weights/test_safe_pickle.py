@@ -134,6 +134,13 @@ def test_numbers_of_the_other_byte_order_are_what_they_were():
         assert np.array_equal(loaded, array)
 
 
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_an_empty_array_is_one(protocol):
+    data = pickle.dumps({"x": np.zeros((0, 3), np.float32), "y": b""}, protocol)
+    loaded = safe_pickle.load(io.BytesIO(data))
+    assert loaded["x"].shape == (0, 3) and loaded["x"].dtype == np.float32 and loaded["y"] == b""
+
+
 def test_an_array_is_one_to_whoever_handles_it():
     """Data loaders pickle what they hold for their processes."""
     array = np.arange(6, dtype=np.float32).reshape(2, 3)
