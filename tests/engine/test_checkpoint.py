@@ -209,7 +209,7 @@ def test_evaluation_needs_every_weight_of_the_model(tmp_path):
     body = {k: v for k, v in model.state_dict().items() if "mask_head" not in k}
     with pytest.raises(UserError, match="body.pth.*the model has roi_heads.*, the file has not"):
         checkpointer.load_to_evaluate(_save(tmp_path / "body.pth", body))
-    with pytest.raises(UserError, match="--eval-only without weights.*MODEL.WEIGHTS"):
+    with pytest.raises(UserError, match="evaluation without weights.*MODEL.WEIGHTS"):
         checkpointer.load_to_evaluate("")
 
 
