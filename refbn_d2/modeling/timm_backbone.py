@@ -74,7 +74,7 @@ class TimmBackbone(Backbone):
         self.features = network
         self._names = list(strides)[:kept]
         frozen = self._parameters_behind([f for f in self._names if int(f[3:]) <= freeze_at])
-        # The others keep them. Nothing trains them, and DDP would wait for their gradients.
+        # Nothing trains what no feature needs, and DDP would wait for its gradients.
         for p in set(network.parameters()) - self._parameters_behind(out_features):
             p.requires_grad_(False)
         try:
