@@ -75,6 +75,5 @@ def _again(package: str) -> str:
 
 
 def register() -> None:
-    """Makes detectron2 know such paths. Calling this again does nothing."""
-    if _PREFIX not in PathManager._path_handlers:
-        PathManager.register_handler(_PackageHandler())
+    """Makes detectron2 know such paths. Calling this again changes nothing."""
+    PathManager.register_handler(_PackageHandler(), allow_override=True)
