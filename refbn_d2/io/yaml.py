@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from typing import Any, Dict
+from typing import Any, Dict, List
 
 import yaml
 
@@ -53,6 +53,28 @@ def _construct_number(loader: _Loader, node: yaml.Node) -> Any:
 
 for _tag in _NUMBERS:
     _Loader.add_constructor(_tag, _construct_number)
+
+
+# What detectron2's own RetinaNet configs ask Python to evaluate: sizes of anchors.
+_ANCHOR_SIZES = re.compile(r"\[\s*\[(?P<terms>[^]]+)\]\s*for x in\s*\[(?P<sizes>[\d\s,.]+)\]\s*\]")
+_TERM = re.compile(r"x(?:\s*\*\s*2\s*\*\*\s*\(\s*(\d+(?:\.\d+)?)\s*/\s*([1-9]\d*(?:\.\d+)?)\s*\))?")
+
+
+def _construct_anchor_sizes(loader: _Loader, node: yaml.Node) -> List[List[float]]:
+    """[[x, x * 2**(1.0/3), ...] for x in [32, ...]], by its numbers; no other code is read."""
+    text = node.value[0].value if isinstance(node.value, list) and len(node.value) == 1 else ""
+    found = _ANCHOR_SIZES.fullmatch(text.strip()) if isinstance(text, str) else None
+    terms = [_TERM.fullmatch(t.strip()) for t in found["terms"].split(",")] if found else []
+    if not found or not all(terms):
+        raise yaml.constructor.ConstructorError(
+            None, None, "a value is code to evaluate; write what it evaluates to", node.start_mark
+        )
+    sizes = [float(x) if "." in x else int(x) for x in found["sizes"].replace(",", " ").split()]
+    exponents = [float(t[1]) / float(t[2]) if t[1] else None for t in terms]
+    return [[x if e is None else x * 2**e for e in exponents] for x in sizes]
+
+
+_Loader.add_constructor("tag:yaml.org,2002:python/object/apply:eval", _construct_anchor_sizes)
 
 
 def read(path: str) -> Any:

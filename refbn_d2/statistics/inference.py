@@ -37,8 +37,9 @@ def recompute_statistics(
     have.) Weights, training flags, momenta, step counts and random states are as before.
 
     Args:
-        model: its norms that derive from BatchNorm are recomputed; those of a layer that no batch
-            reaches are left alone.
+        model: Its norms that derive from BatchNorm are recomputed; a layer that no batch reaches is
+            left alone. Parts of a model in training mode that the user holds in evaluation mode
+            stay so, with their statistics. A model in evaluation mode runs in training mode here.
         batches: model inputs; ``num_batches`` of them are taken on every process.
         num_batches: >= 1.
         plain: for comparison only: average the batches' own statistics although RefBN normalizes
@@ -54,8 +55,9 @@ def recompute_statistics(
         raise ValueError(f"num_batches must be >= 1, got {num_batches}")
     if not all(m.has_reference for m in model.modules() if isinstance(m, ReferenceNorm2d)):
         raise ValueError("the model has norms without a reference; capture one first")
-    norms = _norms(model)
     training = {m: m.training for m in model.modules()}
+    held = set() if not model.training else {m for m, mode in training.items() if not mode}
+    norms = [m for m in _norms(model) if m not in held]
     momenta = [m.momentum for m in norms]
     buffers = [(b, b.clone()) for b in model.buffers()]
     sums: Dict[nn.Module, List[Tensor]] = {}
@@ -64,7 +66,7 @@ def recompute_statistics(
         x = inputs[0]
         if x.numel() == 0:
             return
-        mean, var = m.running_mean, m.running_var  # momentum 1: those of this batch
+        mean, var = m.running_mean, m.running_var  # momentum is 1: the batch's statistics
         if plain:
             n = x.numel() // x.shape[1]
             mean, var = batch_moments(x)
@@ -75,7 +77,8 @@ def recompute_statistics(
 
     handles = [m.register_forward_hook(add) for m in norms]
     try:
-        model.train()
+        for m in training:
+            m.training = m not in held
         for m in norms:
             m.momentum = 1.0
         with forked_rng(0), EventStorage():

@@ -1,6 +1,7 @@
 """YAML is read as data; bad files are in tests/corpus."""
 
 import datetime
+import json
 
 import pytest
 import yaml
@@ -47,3 +48,31 @@ def test_numbers_are_pyyamls(tmp_path, text):
     wanted = yaml.safe_load(text)
     assert type(value) is type(wanted) and repr(value) == repr(wanted)
     assert _read(tmp_path, "a: [1:30, 59:59:59, 1:30.5]\n") == {"a": ["1:30", "59:59:59", "1:30.5"]}
+
+
+RETINANET = "[[x, x * 2**(1.0/3), x * 2**(2.0/3) ] for x in [32, 64, 128, 256, 512 ]]"
+
+
+@pytest.mark.parametrize(
+    "text", [RETINANET, "[[x] for x in [8.5]]", "[[x * 2 ** (1/2)] for x in [4,8]]"]
+)
+def test_anchor_sizes_of_upstreams_retinanet_are_computed(tmp_path, text):
+    content = _read(tmp_path, f"SIZES: !!python/object/apply:eval [{json.dumps(text)}]\n")
+    assert content == {"SIZES": eval(text)}  # what detectron2 does with it
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "__import__('os').getcwd()",
+        "[[x, y] for x in [32]]",
+        "[[x * 9**(9/1)] for x in [32]]",
+        "[[x] for x in [32, open]]",
+        "[[x] for x in [32]] + [1]",
+        "[[x * 2**(1/0)] for x in [32]]",
+        "",
+    ],
+)
+def test_no_other_code_is_evaluated(tmp_path, text):
+    with pytest.raises(UserError, match="line 1: not plain YAML"):
+        _read(tmp_path, f"SIZES: !!python/object/apply:eval [{json.dumps(text)}]\n")

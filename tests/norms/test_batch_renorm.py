@@ -6,6 +6,7 @@ import oracle
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from refbn_d2.norms import BatchRenorm2d
 
@@ -159,3 +160,25 @@ def test_impossible_settings():
         BatchRenorm2d(3, schedule_steps=0)
     with pytest.raises(ValueError, match="needs running statistics"):
         BatchRenorm2d(3, track_running_stats=False)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("calls", [1, 3])
+def test_activation_checkpointing_changes_no_gradient(reentrant, calls):
+    """The backward pass recomputes with the r and d of the forward pass, though averages moved."""
+    torch.manual_seed(1)
+    base = nn.Sequential(nn.Conv2d(3, 4, 1), BatchRenorm2d(4, schedule_steps=4))
+    for _ in range(6):  # past the schedule's start, where r and d are 1 and 0
+        base(torch.randn(4, 3, 4, 4))
+    x = 2 * torch.randn(4, 3, 4, 4) + 1
+
+    def gradients(run):
+        model, leaf = copy.deepcopy(base), x.clone().requires_grad_()
+        out = sum(run(model, leaf * (k + 1)).pow(3).sum() for k in range(calls))
+        out.backward()
+        return [leaf.grad, *(p.grad for p in model.parameters())]
+
+    plain = gradients(lambda model, x: model(x))
+    saved = gradients(lambda model, x: checkpoint(model, x, use_reentrant=reentrant))
+    for a, b in zip(plain, saved):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(a.abs().max()))

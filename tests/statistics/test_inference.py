@@ -90,6 +90,24 @@ def test_layers_that_are_not_reached_or_train_by_their_statistics_keep_them():
             assert torch.equal(a, b)
 
 
+def test_parts_held_in_evaluation_mode_stay_so():
+    model = _network(nn.BatchNorm2d)
+    model[2].running_mean.fill_(3)
+    model.train()
+    model[2].eval()
+    seen = []
+    handle = model[3].register_forward_hook(lambda m, inputs, output: seen.append(inputs[0]))
+    assert recompute_statistics(model, _batches(), 3) == 1
+    handle.remove()
+    assert not model[2].training and model[3].training
+    assert torch.equal(model[2].running_mean, torch.full((4,), 3.0))
+    # What came out of the held norm was normalized by its statistics, not by the batch's.
+    x = _batches()[0]
+    mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), correction=0, keepdim=True)
+    inner = model[1]((x - mean) / (var + model[0].eps).sqrt())
+    torch.testing.assert_close(seen[0], (inner - 3) / (1 + model[2].eps) ** 0.5)
+
+
 def test_needs_a_batch_and_a_reference():
     with pytest.raises(ValueError, match="num_batches"):
         recompute_statistics(_network(nn.BatchNorm2d), _batches(), 0)
