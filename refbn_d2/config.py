@@ -148,7 +148,7 @@ KEYS: List[Key] = [
     Key(
         "MODEL.CLASSIFIER.NUM_CLASSES",
         1000,
-        _COUNT,
+        _between(1, math.inf, "a whole number > 0"),
         "Classes of `ImageClassifier` and `TorchvisionClassifier`.",
     ),
     Key(

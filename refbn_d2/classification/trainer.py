@@ -31,10 +31,10 @@ class ClassificationTrainer(Trainer):
     training, and makes of a dict one with "image", uint8 (C, H, W), "label" and "image_id".
     """
 
-    def _check_evaluation(self, cfg: CfgNode) -> None:
-        for name in cfg.DATASETS.TEST:
-            with dataset_errors([name]):
-                _dicts(cfg, name)
+    @classmethod
+    def check_data(cls, cfg: CfgNode, train: bool = True) -> None:
+        for name in (*cfg.DATASETS.TEST, *(cfg.DATASETS.TRAIN if train else ())):
+            _dicts(cfg, name)
 
     @classmethod
     def build_checkpointer(cls, cfg: CfgNode, model, **checkpointables) -> ClassifierCheckpointer:
@@ -48,8 +48,8 @@ class ClassificationTrainer(Trainer):
             raise UserError(f"data set {name} has no labels of images: it is not for a classifier")
         return naming_the_file(mapper(is_train))
 
-    @staticmethod
-    def _train_dicts(cfg: CfgNode) -> List[Dict[str, Any]]:
+    @classmethod
+    def _train_dicts(cls, cfg: CfgNode) -> List[Dict[str, Any]]:
         return [d for name in cfg.DATASETS.TRAIN for d in _dicts(cfg, name)]
 
     @classmethod
@@ -59,8 +59,7 @@ class ClassificationTrainer(Trainer):
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
         """Batches of the size of those in training; detectron2's loader gives single images."""
-        with dataset_errors([dataset_name]):
-            dataset = DatasetFromList(_dicts(cfg, dataset_name), copy=False)
+        dataset = DatasetFromList(_dicts(cfg, dataset_name), copy=False)
         return DataLoader(
             MapDataset(dataset, cls.build_mapper(cfg, False)),
             batch_size=max(1, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()),
@@ -81,7 +80,8 @@ class ClassificationTrainer(Trainer):
 
 
 def _dicts(cfg: CfgNode, name: str) -> List[Dict[str, Any]]:
-    dicts = DatasetCatalog.get(name)
+    with dataset_errors([name]):
+        dicts = DatasetCatalog.get(name)
     if not all("label" in d for d in dicts):
         raise UserError(f"data set {name} has no labels of images: it is not for a classifier")
     num_classes = 1 + max(d["label"] for d in dicts)

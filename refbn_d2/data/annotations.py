@@ -1,21 +1,186 @@
-"""Data sets in detectron2's standard format whose annotations training cannot use."""
+"""Data sets in detectron2's standard format: what they hold, and what training cannot use."""
 
-from typing import Any, Dict, Iterable
+import numbers
+import os
+from dataclasses import dataclass, field
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Set
 
+import numpy as np
 from detectron2.structures import BoxMode
+from detectron2.utils.file_io import PathManager
+from PIL import Image
+from pycocotools import mask as mask_util
 
 from ..errors import UserError
-from ..io.coco import box_problem, is_int, masks_problem
+from ..io.coco import box_problem, is_int, is_number, masks_problem
 
-__all__ = ["check_dicts"]
+__all__ = ["Contents", "check_dicts", "contents", "plain_dicts"]
+
+
+@dataclass
+class Contents:
+    """What the objects of a data set have; crowd regions, which training leaves out, do not count.
+
+    Attributes:
+        images: their number.
+        objects: their number.
+        without_mask: images with an object that has no mask, by file name.
+        with_rle: images with a mask that is no polygon, by file name.
+        without_keypoints: images with an object that has no keypoints, by file name.
+        keypoint_counts: numbers of keypoints that objects have.
+        without_sem_seg: images without a semantic segmentation, by file name.
+        largest_class: the largest number of a class, -1 without objects.
+    """
+
+    images: int = 0
+    objects: int = 0
+    without_mask: List[str] = field(default_factory=list)
+    with_rle: List[str] = field(default_factory=list)
+    without_keypoints: List[str] = field(default_factory=list)
+    keypoint_counts: Set[int] = field(default_factory=set)
+    without_sem_seg: List[str] = field(default_factory=list)
+    largest_class: int = -1
+
+
+def contents(dicts: Iterable[Dict[str, Any]]) -> Contents:
+    """Counts what a data set in detectron2's standard format holds."""
+    found = Contents()
+    for d in dicts:
+        name = str(d.get("file_name", d.get("image_id")))
+        objects = [a for a in d.get("annotations", ()) if not a.get("iscrowd", 0)]
+        found.images += 1
+        found.objects += len(objects)
+        masks = [a.get("segmentation") for a in objects]
+        if not all(masks):
+            found.without_mask.append(name)
+        if any(isinstance(m, dict) for m in masks):
+            found.with_rle.append(name)
+        points = [a.get("keypoints") for a in objects]
+        if not all(points):
+            found.without_keypoints.append(name)
+        found.keypoint_counts.update(len(p) // 3 for p in points if p)
+        if "sem_seg_file_name" not in d:
+            found.without_sem_seg.append(name)
+        found.largest_class = max([found.largest_class, *(a["category_id"] for a in objects)])
+    return found
+
+
+def plain_dicts(
+    dicts: Iterable[Dict[str, Any]], where: str, num_classes: Optional[int] = None
+) -> List[Dict[str, Any]]:
+    """Dicts of a data set that a function makes, with the types that a COCO file would give.
+
+    detectron2 trains on NumPy's numbers and arrays, on tuples, and without sizes or image ids, but
+    cannot always evaluate, write down or compare them. The dicts given are not changed.
+
+    Args:
+        dicts: of detectron2's standard format.
+        where: the data set, for messages.
+        num_classes: number of class names, if there are any.
+
+    Raises:
+        UserError: naming the image and the field that nothing can be made of.
+    """
+    return [_plain_dict(d, n, where, num_classes) for n, d in enumerate(dicts)]
+
+
+def _plain_dict(
+    d: Dict[str, Any], position: int, where: str, num_classes: Optional[int]
+) -> Dict[str, Any]:
+    if not isinstance(d, dict):
+        raise UserError(f"{where}: entry {position} is a {type(d).__name__}, not a dict")
+    d = dict(d)
+    if "file_name" in d:
+        if not isinstance(d["file_name"], (str, os.PathLike)):
+            raise UserError(f"{where}: entry {position}: file_name is {d['file_name']!r}")
+        d["file_name"] = os.fspath(d["file_name"])
+    elif "image" not in d:  # neither on the disk nor in memory
+        raise UserError(f"{where}: entry {position} has no file_name")
+    d["image_id"] = _plain(d.get("image_id", position))
+    image = f"{where}: image {d.get('file_name', d['image_id'])}"
+    if not is_int(d["image_id"]) and not isinstance(d["image_id"], str):
+        raise UserError(f"{image}: image_id is {d['image_id']!r}, neither a whole number nor text")
+    if d.get("height") is None or d.get("width") is None:
+        if "file_name" not in d:
+            raise UserError(f"{image} has no height and width")
+        d["width"], d["height"] = _size(d["file_name"], image)
+    d["height"], d["width"] = _plain(d["height"]), _plain(d["width"])
+    if "annotations" in d:
+        d["annotations"] = [
+            _plain_annotation(a, f"{image}, annotation {n}", num_classes)
+            for n, a in enumerate(d["annotations"])
+        ]
+    return d
+
+
+def _size(file_name: str, where: str) -> Sequence[int]:
+    """(width, height) of an image as detectron2 reads it: turned as its Exif data say."""
+    try:
+        with PathManager.open(file_name, "rb") as f, Image.open(f) as image:
+            turned = image.getexif().get(274, 1) in (5, 6, 7, 8)
+            return image.size[::-1] if turned else image.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise UserError(f"{where} has no height and width, and cannot be read: {e}") from None
+
+
+def _plain_annotation(
+    annotation: Dict[str, Any], where: str, num_classes: Optional[int]
+) -> Dict[str, Any]:
+    if not isinstance(annotation, dict):
+        raise UserError(f"{where} is a {type(annotation).__name__}, not a dict")
+    plain = {k: _plain(v) for k, v in annotation.items() if k != "segmentation"}
+    for key in ("bbox", "bbox_mode", "category_id"):
+        if plain.get(key) is None:
+            raise UserError(f"{where} has no {key}")
+    try:
+        plain["bbox_mode"] = BoxMode(plain["bbox_mode"])
+    except ValueError:
+        raise UserError(f"{where}: bbox_mode is {plain['bbox_mode']!r}, not a BoxMode") from None
+    category = plain["category_id"]
+    if not is_int(category) or not 0 <= category < (num_classes or 2**31):
+        allowed = f"0 to {num_classes - 1}" if num_classes else "a whole number >= 0"
+        raise UserError(f"{where}: category_id is {category!r}, not {allowed}")
+    mask = annotation.get("segmentation")
+    if mask is not None and len(mask):
+        plain["segmentation"] = _plain_mask(mask, where)
+    return plain
+
+
+def _plain_mask(mask: Any, where: str) -> Any:
+    if isinstance(mask, dict):  # an RLE; compressed as load_coco_json makes it
+        mask = {k: _plain(v) for k, v in mask.items()}
+        if isinstance(mask.get("counts"), list) and not masks_problem([mask], [_tuple(mask)]):
+            return mask_util.frPyObjects(mask, *mask["size"])
+        return mask
+    if isinstance(mask, np.ndarray) and mask.ndim == 2 and mask.dtype.kind in "bu":
+        return mask_util.encode(np.asfortranarray(mask, dtype="uint8"))
+    return _plain(mask)
+
+
+def _tuple(mask: Dict[str, Any]) -> Any:
+    size = mask.get("size")
+    return tuple(size) if isinstance(size, list) and len(size) == 2 else (0, 0)
+
+
+def _plain(value: Any) -> Any:
+    """``value`` with Python's numbers and lists for NumPy's, and lists for tuples."""
+    if isinstance(value, (str, bytes, bool, int, float)):
+        return value
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
 
 
 def check_dicts(dicts: Iterable[Dict[str, Any]], where: str) -> None:
     """Raises a UserError for the first annotation that training could not use.
 
     Args:
-        dicts: of detectron2's standard data set format; boxes in other modes than XYWH_ABS, which
-            is COCO's, are not looked at.
+        dicts: of detectron2's standard data set format; of boxes in other modes than XYWH_ABS,
+            which is COCO's, only the numbers are looked at.
         where: the data set, for the message.
     """
     masks, sizes, owners = [], [], []
@@ -25,10 +190,16 @@ def check_dicts(dicts: Iterable[Dict[str, Any]], where: str) -> None:
         if not all(is_int(s) and s > 0 for s in size):
             raise UserError(f"{image}: height and width are {size}, not whole numbers > 0")
         for n, annotation in enumerate(d.get("annotations", ())):
+            box, problem = annotation.get("bbox"), ""
             if annotation.get("bbox_mode") == BoxMode.XYWH_ABS:
-                problem = box_problem(annotation.get("bbox"))
-                if problem:
-                    raise UserError(f"{image}, annotation {n}: {problem}")
+                problem = box_problem(box)
+            elif not isinstance(box, list) or not all(map(is_number, box)):
+                problem = f"bbox {box!r} is not all finite numbers"
+            if problem:
+                raise UserError(f"{image}, annotation {n}: {problem}")
+            points = annotation.get("keypoints") or []
+            if not isinstance(points, list) or len(points) % 3 or not all(map(is_number, points)):
+                raise UserError(f"{image}, annotation {n}: keypoints are not x, y, v, ...")
             if annotation.get("segmentation"):
                 masks.append(annotation["segmentation"])
                 sizes.append(size)

@@ -1,28 +1,50 @@
 """A training sampler whose batches are not i.i.d.: the situation RefBN is meant for."""
 
 import itertools
+import warnings
 from collections import Counter
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence
 
 import torch
 from detectron2.utils import comm
 from torch.utils.data import Sampler
 
+from ..errors import UserError
+
 __all__ = ["GroupedTrainingSampler", "image_groups"]
 
 
-def image_groups(dataset_dicts: Sequence[Dict[str, Any]]) -> List[int]:
-    """The group of each image: its "style" where the data set has styles, else the category with
-    most objects in it (images without objects are a group of their own)."""
+def image_groups(dataset_dicts: Iterable[Dict[str, Any]], field: str = "") -> List[int]:
+    """The group of each image.
 
-    def key(d: Dict[str, Any]):
-        if "style" in d:
-            return d["style"]
+    Args:
+        dataset_dicts: of detectron2's standard format.
+        field: which key of a dict says the group. By default "group" or "style" where the images
+            have it, else the category with the most objects in the image (images without objects
+            are a group of their own).
+
+    Returns:
+        Numbers of the groups, from 0, in the sorted order of their names.
+
+    Raises:
+        UserError: an image lacks the field.
+    """
+    fields = [field] if field else ["group", "style"]
+
+    def key(d: Dict[str, Any]) -> Any:
+        for name in fields:
+            if d.get(name) is not None:
+                return d[name]
+        if field:
+            raise UserError(
+                f"image {d.get('file_name', d.get('image_id'))} has no {field!r}, by which "
+                "DATALOADER.GROUP_FIELD groups the images"
+            )
         categories = Counter(a["category_id"] for a in d.get("annotations", []))
         return categories.most_common(1)[0][0] if categories else -1
 
     keys = [key(d) for d in dataset_dicts]
-    number = {k: i for i, k in enumerate(sorted(set(keys)))}
+    number = {k: i for i, k in enumerate(sorted(set(keys), key=lambda k: (str(type(k)), k)))}
     return [number[k] for k in keys]
 
 
@@ -49,6 +71,12 @@ class GroupedTrainingSampler(Sampler):
             raise ValueError(f"strength must be in [0, 1], got {strength}")
         if batch_size > len(groups):
             raise ValueError(f"a batch of {batch_size} needs as many images, got {len(groups)}")
+        if strength > 0 and len(set(groups)) < 2:
+            warnings.warn(
+                "all images are of one group: the batches of GroupedTrainingSampler are i.i.d., "
+                f"whatever its strength (here {strength})",
+                stacklevel=2,
+            )
         self._groups = torch.as_tensor(groups)
         self._strength = strength
         self._batch_size = batch_size

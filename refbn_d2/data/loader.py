@@ -5,7 +5,7 @@ import itertools
 import os
 import signal
 import threading
-from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple, Union
 
 import torch
 from detectron2.data import DatasetFromList, MapDataset
@@ -63,7 +63,7 @@ class TrainLoader:
     skipped without loading an image.
 
     Args:
-        dicts: dataset dicts with "width" and "height".
+        dicts: dataset dicts with "width" and "height"; a Dataset of them is used as it is.
         sampler: makes the endless stream of this process's indices, given the dataset and a seed.
         mapper: makes model input of a dataset dict.
         batch_size: of this process.
@@ -79,7 +79,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        dicts: Sequence[Dict[str, Any]],
+        dicts: Union[Dataset, Sequence[Dict[str, Any]]],
         sampler: Callable[[Dataset, int], Sampler],
         mapper: Callable[[Dict[str, Any]], Any],
         batch_size: int,
@@ -90,8 +90,12 @@ class TrainLoader:
         pin_memory: bool = False,
     ):
         # Known for all images beforehand, or skipping batches would mean loading dicts.
-        self._bucket = [group_by_orientation and d["width"] > d["height"] for d in dicts]
-        self._dataset = DatasetFromList(list(dicts), copy=False)
+        self._bucket = None
+        if group_by_orientation:
+            self._bucket = [d["width"] > d["height"] for d in dicts]
+        if not isinstance(dicts, Dataset):
+            dicts = DatasetFromList(list(dicts), copy=False)
+        self._dataset = dicts
         self._sampler = sampler
         self._mapper = mapper
         self._batch_size = batch_size
@@ -105,7 +109,7 @@ class TrainLoader:
         """Batches of (position in the stream, index of the image)."""
         buckets: Dict[bool, List[Tuple[int, int]]] = {False: [], True: []}
         for position, index in enumerate(self._sampler(self._dataset, self.seed)):
-            bucket = buckets[self._bucket[index]]
+            bucket = buckets[self._bucket is not None and self._bucket[index]]
             bucket.append((position, index))
             if len(bucket) == self._batch_size:
                 yield bucket[:]

@@ -19,6 +19,7 @@ from pycocotools import mask as mask_util
 from ..extras import needs_extra
 from ..io.atomic import PARTIAL
 from ..io.lock import folder_lock
+from .coco_json import read_coco
 
 __all__ = [
     "SPLITS",
@@ -191,11 +192,11 @@ def _ensure() -> Path:
 def _load(split: str) -> List[dict]:
     folder = _ensure()
     json_file = folder / f"instances_{split}.json"
+    images = read_coco(str(json_file)).imgs
     dicts = load_coco_json(str(json_file), str(folder / split), f"quick_digits_{split}")
     # load_coco_json drops what is not COCO's.
-    styles = {i["id"]: i["style"] for i in json.loads(json_file.read_text())["images"]}
     for d in dicts:
-        d["style"] = styles[d["image_id"]]
+        d["style"] = images[d["image_id"]]["style"]
     return dicts
 
 

@@ -10,6 +10,7 @@ from detectron2.utils import comm
 
 from ..config import load_config, register_datasets
 from ..config_files import find_config
+from ..data.checks import set_num_classes
 from ..errors import one_line_errors, quiet_user_errors
 from .launcher import start
 from .run_folder import output_errors, run_folder
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 def _run(args, cfg: CfgNode, trainer_class: Type[Trainer]):
     quiet_user_errors()  # this may be a process of its own
     register_datasets(cfg)
+    cfg = set_num_classes(cfg, args.eval_only)
     if args.eval_only:
         with output_errors(cfg.OUTPUT_DIR):
             return _evaluate(setup(args, cfg), args.resume, trainer_class)
@@ -37,6 +39,7 @@ def _run(args, cfg: CfgNode, trainer_class: Type[Trainer]):
 
 
 def _evaluate(cfg: CfgNode, resume: bool, trainer_class: Type[Trainer]):
+    trainer_class.check_data(cfg, train=False)
     model = trainer_class.build_model(cfg)
     checkpointer = trainer_class.build_checkpointer(cfg, model)
     checkpointer.load_to_evaluate(cfg.MODEL.WEIGHTS, resume=resume)

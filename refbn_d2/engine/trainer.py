@@ -3,16 +3,14 @@
 import logging
 import os
 import weakref
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import (
-    DatasetCatalog,
     DatasetMapper,
     MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
-    get_detection_dataset_dicts,
 )
 from detectron2.engine import (
     DefaultTrainer,
@@ -29,11 +27,11 @@ from detectron2.utils.logger import setup_logger
 from torch.utils.data import Dataset, RandomSampler, Sampler
 
 from ..config import apply_norm_config, load_config
-from ..data.annotations import check_dicts
-from ..data.errors import annotation_files, dataset_errors, naming_the_file
+from ..data.checks import check_test_sets, check_train_set
+from ..data.errors import naming_the_file
 from ..data.grouped_sampler import GroupedTrainingSampler, image_groups
 from ..data.loader import TrainLoader
-from ..data.proposals import checked_proposals
+from ..data.sets import load_test_set, make_coco_file
 from ..errors import UserError
 from ..rng import forked_rng
 from ..statistics.inference import recompute_statistics
@@ -97,9 +95,9 @@ class Trainer(DefaultTrainer):
     metrics: Optional[MetricsWriter] = None
 
     def __init__(self, cfg: CfgNode):
+        self.check_data(cfg)
         with exchanged("detectron2.engine.defaults:create_ddp_model", _ddp):
             super().__init__(cfg)
-        self._check_evaluation(cfg)
         self.checkpointer = self.build_checkpointer(
             cfg, self._trainer.model, trainer=weakref.proxy(self)
         )
@@ -107,12 +105,27 @@ class Trainer(DefaultTrainer):
             if hasattr(hook, "checkpointer"):  # PeriodicCheckpointer holds the one it was made with
                 hook.checkpointer = self.checkpointer
 
-    def _check_evaluation(self, cfg: CfgNode) -> None:
-        """Raises before training what would else be raised after it."""
+    @classmethod
+    def check_data(cls, cfg: CfgNode, train: bool = True) -> None:
+        """Reads the data and raises before the first step what would else be raised after it.
+
+        Args:
+            cfg: the config.
+            train: whether the model will be trained, not only evaluated.
+
+        Raises:
+            UserError: a file is missing or not as described, or classes, config, training data and
+                test data do not fit each other.
+        """
+        if train:
+            cls._train_dicts(cfg)
+        cls._check_evaluation(cfg, train)
+
+    @classmethod
+    def _check_evaluation(cls, cfg: CfgNode, train: bool = False) -> None:
+        check_test_sets(cfg, train)
         for name in cfg.DATASETS.TEST:
-            with dataset_errors([name]):
-                check_dicts(DatasetCatalog.get(name), annotation_files([name]))
-                self.build_evaluator(cfg, name)
+            cls.build_evaluator(cfg, name)
 
     def resume_or_load(self, resume: bool = True) -> None:
         """As upstream; what an interrupted run did after the checkpoint is taken back.
@@ -211,18 +224,17 @@ class Trainer(DefaultTrainer):
                 f"of processes, {comm.get_world_size()}"
             )
         grouped = cfg.DATALOADER.SAMPLER_TRAIN == "GroupedTrainingSampler"
-        with dataset_errors(cfg.DATASETS.TRAIN):
-            return TrainLoader(
-                cls._train_dicts(cfg),
-                lambda dataset, seed: cls._build_sampler(cfg, dataset, seed),
-                cls.build_mapper(cfg, True),
-                batch_size,
-                # Grouping by shape would mix the batches of that sampler again.
-                cfg.DATALOADER.ASPECT_RATIO_GROUPING and not grouped,
-                cfg.DATALOADER.NUM_WORKERS,
-                cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
-                **cls.loader_options(cfg),
-            )
+        return TrainLoader(
+            cls._train_dicts(cfg),
+            lambda dataset, seed: cls._build_sampler(cfg, dataset, seed),
+            cls.build_mapper(cfg, True),
+            batch_size,
+            # Grouping by shape would mix the batches of that sampler again.
+            cfg.DATALOADER.ASPECT_RATIO_GROUPING and not grouped,
+            cfg.DATALOADER.NUM_WORKERS,
+            cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
+            **cls.loader_options(cfg),
+        )
 
     @classmethod
     def loader_options(cls, cfg: CfgNode) -> Dict[str, Any]:
@@ -233,8 +245,15 @@ class Trainer(DefaultTrainer):
     def _build_sampler(cls, cfg: CfgNode, dataset: Dataset, seed: int) -> Sampler:
         """The sampler that DATALOADER.SAMPLER_TRAIN names, over ``dataset``."""
         if cfg.DATALOADER.SAMPLER_TRAIN == "GroupedTrainingSampler":
+            groups = image_groups(dataset, cfg.DATALOADER.GROUP_FIELD)
+            if cfg.DATALOADER.GROUPING_STRENGTH > 0 and len(set(groups)) < 2:
+                raise UserError(
+                    f"DATALOADER.GROUPING_STRENGTH is {cfg.DATALOADER.GROUPING_STRENGTH}, but all "
+                    f"images of {', '.join(cfg.DATASETS.TRAIN)} are of one group: name a field of "
+                    "the images with DATALOADER.GROUP_FIELD, or set the strength to 0"
+                )
             return GroupedTrainingSampler(
-                image_groups(dataset),
+                groups,
                 cfg.DATALOADER.GROUPING_STRENGTH,
                 cfg.SOLVER.IMS_PER_BATCH,
                 seed,
@@ -248,43 +267,28 @@ class Trainer(DefaultTrainer):
             )
         return loader.dataset.sampler
 
-    @staticmethod
-    def _train_dicts(cfg: CfgNode) -> List[Dict[str, Any]]:
-        """The training data.
+    @classmethod
+    def _train_dicts(cls, cfg: CfgNode) -> Sequence[Dict[str, Any]]:
+        """The training data, in the one copy that the process has of it.
 
         Raises:
-            UserError: it has more classes than the RoI heads, or is not as described.
+            UserError: see :func:`check_train_set`.
         """
-        keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
-        files = cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None
-        with checked_proposals(cfg):
-            dicts = get_detection_dataset_dicts(
-                cfg.DATASETS.TRAIN,
-                filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-                min_keypoints=keypoints if cfg.MODEL.KEYPOINT_ON else 0,
-                proposal_files=files,
-            )
-        check_dicts(dicts, annotation_files(cfg.DATASETS.TRAIN))
-        has_heads = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
-        for name in cfg.DATASETS.TRAIN if has_heads else ():
-            classes = len(MetadataCatalog.get(name).get("thing_classes", ()))
-            if classes > cfg.MODEL.ROI_HEADS.NUM_CLASSES:
-                raise UserError(
-                    f"data set {name} has {classes} classes, MODEL.ROI_HEADS.NUM_CLASSES is "
-                    f"{cfg.MODEL.ROI_HEADS.NUM_CLASSES}"
-                )
-        return dicts
+        return check_train_set(cfg).dicts
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
-        with dataset_errors([dataset_name]), checked_proposals(cfg):
-            return build_detection_test_loader(
-                cfg, dataset_name, mapper=cls.build_mapper(cfg, False)
-            )
+        return build_detection_test_loader(
+            load_test_set(cfg, dataset_name).dicts,
+            mapper=cls.build_mapper(cfg, False),
+            num_workers=cfg.DATALOADER.NUM_WORKERS,
+        )
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: Optional[str] = None):
         folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+        if MetadataCatalog.get(dataset_name).get("evaluator_type") == "coco":
+            make_coco_file(cfg, dataset_name, folder)
         return build_evaluator(cfg, dataset_name, folder)
 
     @classmethod
@@ -321,8 +325,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_reference_loader(cls, cfg: CfgNode, num_images: int):
         """Batches of ``num_images`` on each process, in an order that only torch's RNG decides."""
-        with dataset_errors(cfg.DATASETS.TRAIN):
-            dataset = cls._train_dicts(cfg)
+        dataset = cls._train_dicts(cfg)
         return build_detection_train_loader(
             dataset,
             mapper=cls.build_mapper(cfg, True),

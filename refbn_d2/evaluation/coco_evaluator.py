@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-from pathlib import Path
 from typing import Any, Dict
 
 import numpy as np
@@ -10,9 +9,10 @@ from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from ..data.coco_json import coco_files_read_once
 from ..errors import UserError
 from ..extras import needs_extra
-from .inputs import check_ground_truth, scored_fields
+from .inputs import scored_fields
 
 __all__ = ["BACKENDS", "FastCOCOEvaluator"]
 
@@ -68,10 +68,9 @@ class FastCOCOEvaluator(COCOEvaluator):
         if backend == "hotcoco":
             with needs_extra("or set TEST.COCO_BACKEND pycocotools"):
                 import hotcoco  # noqa: F401
-        super().__init__(dataset_name, *args, **{**kwargs, "use_fast_impl": False})
+        with coco_files_read_once(evaluated=True):
+            super().__init__(dataset_name, *args, **{**kwargs, "use_fast_impl": False})
         if self._do_evaluation:
-            file = Path(self._metadata.json_file)
-            check_ground_truth(file, self._coco_api.dataset, ["bbox"])
             self._coco_api = _numbered_from_1(self._coco_api.dataset)
         # Set after the fact: without its C++ extension detectron2 would turn it off again.
         self._use_fast_impl = backend == "hotcoco"

@@ -50,22 +50,29 @@ class GroundTruth:
     categories: Dict[int, str]
 
 
-def _by_id(path: Path, entries: Any, kind: str) -> Dict[int, Dict[str, Any]]:
+def _by_id(
+    path: Path, entries: Any, kind: str, allow_text: bool = False
+) -> Dict[int, Dict[str, Any]]:
     if not isinstance(entries, list):
         raise UserError(f"{path}: is no COCO ground truth, it has no list of {kind}")
     found: Dict[int, Dict[str, Any]] = {}
     for n, entry in enumerate(entries):
         key = entry.get("id") if isinstance(entry, dict) else None
-        if not is_int(key):
+        if not is_int(key) and not (allow_text and isinstance(key, str)):
             found_type = "" if key is None else f", but {key!r}, a {type(key).__name__}"
             raise UserError(f"{path}: {kind}[{n}] has no integer id{found_type}")
         # Those of annotations are not used.
-        if not 0 <= key <= _MAX_ID and kind != "annotations":
+        if is_int(key) and not 0 <= key <= _MAX_ID and kind != "annotations":
             raise UserError(f"{path}: {kind}[{n}] has id {key}; hotcoco takes 0 to 2**63 - 1")
         if key in found:
             raise UserError(f"{path}: id {key} occurs twice in {kind}")
         found[key] = entry
     return found
+
+
+def _key(value: Any) -> Any:
+    """``value`` as a key to look up: lists and dicts are no key of anything."""
+    return value if isinstance(value, (int, str)) else None
 
 
 def load_ground_truth(path: Path, iou_types: Sequence[str]) -> GroundTruth:
@@ -103,9 +110,16 @@ def scored_fields(dataset: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def check_ground_truth(
-    path: Path, content: Any, iou_types: Sequence[str]
+    path: Path, content: Any, iou_types: Sequence[str], evaluated: bool = True
 ) -> Tuple[Dict[int, Tuple[int, int]], Dict[int, str]]:
     """Checks COCO instance annotations that are read already.
+
+    Args:
+        path: the file, for errors.
+        content: what it holds.
+        iou_types: as in :func:`load_ground_truth`.
+        evaluated: False for a file to train on alone, which needs no areas and may have text as
+            ids and annotations of images that it leaves out.
 
     Returns:
         Sizes and categories, see :class:`GroundTruth`.
@@ -115,9 +129,11 @@ def check_ground_truth(
     """
     if not isinstance(content, dict):
         raise UserError(f"{path}: is no COCO ground truth, but a {type(content).__name__}")
-    images = _by_id(path, content.get("images"), "images")
+    images = _by_id(path, content.get("images"), "images", not evaluated)
     categories = _by_id(path, content.get("categories"), "categories")
-    annotations = _by_id(path, content.get("annotations"), "annotations")
+    annotations = _by_id(path, content.get("annotations"), "annotations", not evaluated)
+    if not evaluated:
+        annotations = {k: a for k, a in annotations.items() if _key(a.get("image_id")) in images}
     if not images:
         raise UserError(f"{path}: has no images")
     sizes = {}
@@ -134,14 +150,14 @@ def check_ground_truth(
     for key, annotation in annotations.items():
         where = f"{path}: annotation {key}"
         image, category = annotation.get("image_id"), annotation.get("category_id")
-        if not is_int(image) or image not in images:
+        if evaluated and (not is_int(image) or image not in images):
             raise UserError(f"{where} is of unknown image {_named(image)}")
         if not is_int(category) or category not in categories:
             raise UserError(f"{where} is of unknown category {_named(category)}")
         problem = box_problem(annotation.get("bbox"))
         if problem:
             raise UserError(f"{where}: {problem}")
-        if not is_number(annotation.get("area")) or annotation["area"] < 0:
+        if evaluated and not (is_number(annotation.get("area")) and annotation["area"] >= 0):
             raise UserError(f"{where}: area {annotation.get('area')} is not a number >= 0")
         if annotation.get("iscrowd", 0) not in (0, 1):
             raise UserError(f"{where}: iscrowd {annotation['iscrowd']} is neither 0 nor 1")

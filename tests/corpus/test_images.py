@@ -92,27 +92,32 @@ IMAGES = {
     "SVG": (b'<svg xmlns="http://www.w3.org/2000/svg" width="80" height="64"/>', "identify"),
     "PDF": (b"%PDF-1.4\n1 0 obj\n", "cannot identify"),
     "zeros": (bytes(3000), "cannot identify"),
-    "header alone": (JPEG[:20], ""),
+    "header alone": (JPEG[:20], "cannot be read"),
     "too small": (saved(COLOR[:-1], "JPEG"), "80 x 63 pixels, its annotations say 80 x 64"),
     "too large": (saved(np.tile(COLOR, (3, 3, 1)), "PNG"), "240 x 192"),
     "sides exchanged": (saved(np.rot90(COLOR).copy(), "JPEG"), "ismatched"),
     "one pixel": (saved(COLOR[:1, :1], "PNG"), "1 x 1"),
-    "JPEG header too large": (jpeg_of_size(65535, 65535), ""),
+    "JPEG header too large": (jpeg_of_size(65535, 65535), "cannot be read"),
     "JPEG header a little too large": (jpeg_of_size(64, 88), "88 x 64"),
-    "JPEG header of no height": (jpeg_of_size(0, 80), ""),
+    "JPEG header of no height": (jpeg_of_size(0, 80), "cannot be read"),
     "PNG of no pixels": (png(0, 64), "cannot identify"),
-    "PNG without pixels": (png(80, 64), ""),
-    "PNG of too few pixels": (png(80, 64, bytes(1000)), ""),
+    "PNG without pixels": (png(80, 64), "cannot be read"),
+    "PNG of too few pixels": (png(80, 64, bytes(1000)), "cannot be read"),
     "PNG of too many pixels": (png(80, 64, bytes(10**7)), None),
     "PNG bomb": (png(60_000, 60_000, bytes(10**6)), "bomb"),
     "PNG bomb below Pillow's limit": (png(13_000, 13_000, bytes(10**6)), "13000 x 13000"),
     "PNG of the largest size": (png(2**31 - 1, 2**31 - 1), "bomb"),
     "PNG of impossible depth": (png(80, 64, bytes(20_000), depth=7), "cannot identify"),
     "PNG of impossible colours": (png(80, 64, bytes(20_000), color=5), "cannot identify"),
-    "PNG with a wrong checksum": (PNG.replace(PNG[29:33], b"abcd", 1), ""),
+    "PNG with a wrong checksum": (PNG.replace(PNG[29:33], b"abcd", 1), "cannot be read"),
     "TIFF without a directory": (b"II*\0\xff\xff\xff\x7f" + bytes(100), "cannot identify"),
-    **{f"JPEG cut at {n} %": (JPEG[: len(JPEG) * n // 100], "") for n in (1, 30, 60, 90, 98)},
-    **{f"PNG cut at {n} %": (PNG[: len(PNG) * n // 100], "") for n in (1, 20, 50, 80)},
+    **{
+        f"JPEG cut at {n} %": (JPEG[: len(JPEG) * n // 100], "cannot be read")
+        for n in (1, 30, 60, 90, 98)
+    },
+    **{
+        f"PNG cut at {n} %": (PNG[: len(PNG) * n // 100], "cannot be read") for n in (1, 20, 50, 80)
+    },
 }
 
 

@@ -7,6 +7,7 @@ import pytest
 from detectron2.utils import comm
 
 from refbn_d2.data.grouped_sampler import GroupedTrainingSampler, image_groups
+from refbn_d2.errors import UserError
 
 GROUPS = [n % 4 for n in range(160)]
 
@@ -75,3 +76,16 @@ def test_groups_are_styles_or_main_categories():
     a, b, c, d = image_groups(dicts)
     assert a == b and len({a, c, d}) == 3
     assert image_groups([{"style": "x"}, {"style": "y"}, {"style": "x"}]) == [0, 1, 0]
+
+
+def test_groups_by_a_field():
+    dicts = [{"camera": c, "group": 1, "annotations": [{"category_id": 0}]} for c in "bab"]
+    assert image_groups(dicts) == [0, 0, 0]
+    assert image_groups(dicts, "camera") == [1, 0, 1]
+    with pytest.raises(UserError, match="image 5.jpg has no 'site', by which .*GROUP_FIELD"):
+        image_groups([{"site": 1}, {"file_name": "5.jpg"}], "site")
+
+
+def test_one_group_is_said():
+    with pytest.warns(UserWarning, match="all images are of one group"):
+        GroupedTrainingSampler([0] * 8, 0.5, 4, 0)

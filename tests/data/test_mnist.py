@@ -8,9 +8,12 @@ import torch
 import torchvision
 from detectron2.data import DatasetCatalog
 
+from refbn_d2.data import mnist
 from refbn_d2.data.mnist import MnistMapper, read_idx
 from refbn_d2.errors import UserError
 from tests.classification.samples import write_idx, write_mnist
+
+mnist.register()
 
 
 def test_the_real_files(real_data, monkeypatch):

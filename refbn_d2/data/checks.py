@@ -1,0 +1,187 @@
+"""What is compared before the first step: the config, the training data and the test data."""
+
+from typing import Any, Dict, List, Optional, Tuple
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+
+from ..errors import UserError
+from .errors import annotation_files
+from .sets import DataSet, load_test_set, load_train_set
+
+__all__ = ["check_test_sets", "check_train_set", "class_keys", "set_num_classes"]
+
+# Meta-architecture -> its keys with a number of classes, and where the data set has their names.
+_CLASS_KEYS: Dict[str, Tuple[Tuple[str, str], ...]] = {
+    "GeneralizedRCNN": (("MODEL.ROI_HEADS.NUM_CLASSES", "thing_classes"),),
+    "PanopticFPN": (
+        ("MODEL.ROI_HEADS.NUM_CLASSES", "thing_classes"),
+        ("MODEL.SEM_SEG_HEAD.NUM_CLASSES", "stuff_classes"),
+    ),
+    "SemanticSegmentor": (("MODEL.SEM_SEG_HEAD.NUM_CLASSES", "stuff_classes"),),
+    "RetinaNet": (("MODEL.RETINANET.NUM_CLASSES", "thing_classes"),),
+    "FCOS": (("MODEL.RETINANET.NUM_CLASSES", "thing_classes"),),
+}
+
+
+def class_keys(cfg: CfgNode) -> Tuple[Tuple[str, str], ...]:
+    """The config keys with the number of classes of the model, each with the metadata's names.
+
+    Empty for an architecture that is not detectron2's, or one without classes.
+    """
+    return _CLASS_KEYS.get(cfg.MODEL.META_ARCHITECTURE, ())
+
+
+def _value(cfg: CfgNode, key: str) -> Any:
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
+
+
+def set_num_classes(cfg: CfgNode, evaluate: bool = False) -> CfgNode:
+    """The config with the data's number of classes where NUM_CLASSES is 0.
+
+    Args:
+        cfg: is not changed.
+        evaluate: whether the model is only evaluated: then the data of DATASETS.TEST count.
+
+    Raises:
+        UserError: there is no data set, or it has no class names.
+    """
+    missing = [(k, field) for k, field in class_keys(cfg) if _value(cfg, k) == 0]
+    if not missing:
+        return cfg
+    names = cfg.DATASETS.TEST or cfg.DATASETS.TRAIN if evaluate else cfg.DATASETS.TRAIN
+    if not names:
+        raise UserError(f"{missing[0][0]} is 0, and no data set says how many classes there are")
+    if evaluate and cfg.DATASETS.TEST:
+        load_test_set(cfg, names[0])  # loading it fills in the names of its classes
+    else:
+        load_train_set(cfg)
+    cfg = cfg.clone()
+    frozen = cfg.is_frozen()
+    cfg.defrost()
+    for key, field in missing:
+        classes = MetadataCatalog.get(names[0]).get(field)
+        if not classes:
+            raise UserError(
+                f"{key} is 0, and data set {names[0]} has no class names ({field}) to count"
+            )
+        cfg.merge_from_list([key, len(classes)])
+    if frozen:
+        cfg.freeze()
+    return cfg
+
+
+def check_train_set(cfg: CfgNode) -> DataSet:
+    """DATASETS.TRAIN, if the model of ``cfg`` can train on it.
+
+    Raises:
+        UserError: classes differ between data sets or from the config, or the annotations lack what
+            the config asks for.
+    """
+    data = load_train_set(cfg)
+    for key, field in class_keys(cfg):
+        for name in cfg.DATASETS.TRAIN:
+            first = cfg.DATASETS.TRAIN[0]
+            _check_classes(cfg, key, field, name, data.contents.largest_class, first)
+    names = annotation_files(cfg.DATASETS.TRAIN)
+    if cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "PanopticFPN"):
+        _check_masks(cfg, names, data)
+        _check_keypoints(cfg, names, data)
+    if cfg.MODEL.META_ARCHITECTURE in ("PanopticFPN", "SemanticSegmentor"):
+        if data.contents.without_sem_seg:
+            raise UserError(
+                f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}, but "
+                f"{_some(data.contents.without_sem_seg, data)} of {names} have no semantic "
+                "segmentation (sem_seg_file_name)"
+            )
+    return data
+
+
+def check_test_sets(cfg: CfgNode, trained: bool = True) -> None:
+    """Raises a UserError if the classes of DATASETS.TEST are not those of the model.
+
+    Args:
+        cfg: the config.
+        trained: whether DATASETS.TRAIN is at hand, to compare the names of the classes with.
+    """
+    for name in cfg.DATASETS.TEST:
+        data = load_test_set(cfg, name)
+        for key, field in class_keys(cfg):
+            other = cfg.DATASETS.TRAIN[0] if trained and cfg.DATASETS.TRAIN else None
+            _check_classes(cfg, key, field, name, data.contents.largest_class, other)
+
+
+def _check_classes(
+    cfg: CfgNode, key: str, field: str, name: str, largest: int, other: Optional[str] = None
+) -> None:
+    """Compares a data set's classes with the config and those of the first training set."""
+    classes = MetadataCatalog.get(name).get(field)
+    number = _value(cfg, key)
+    wanted = MetadataCatalog.get(other).get(field) if other else None
+    if classes and wanted and list(classes) != list(wanted):
+        differing = [
+            f"; class {n} is {a!r} and {b!r}"
+            for n, (a, b) in enumerate(zip(classes, wanted))
+            if a != b
+        ]
+        raise UserError(
+            f"data set {name} has {len(classes)} classes ({_listed(classes)}), {other} has "
+            f"{len(wanted)} ({_listed(wanted)}){''.join(differing[:1])}: give the categories of "
+            "both files the same names, in the same order of their ids"
+        )
+    if classes and len(classes) != number:
+        raise UserError(
+            f"data set {name} has {len(classes)} classes, {key} is {number}: set it to "
+            f"{len(classes)} ({_listed(classes)}), or to 0 for as many as the training data has"
+        )
+    if field == "thing_classes" and largest >= number:
+        raise UserError(f"data set {name} has objects of class {largest}, {key} is {number}")
+
+
+def _check_masks(cfg: CfgNode, names: str, data: DataSet) -> None:
+    if not cfg.MODEL.MASK_ON:
+        return
+    found = data.contents
+    if found.without_mask:
+        raise UserError(
+            f"MODEL.MASK_ON is True, but {_some(found.without_mask, data)} of {names} have objects "
+            "without a mask (segmentation): add the masks, or set MODEL.MASK_ON False"
+        )
+    if found.with_rle and cfg.INPUT.MASK_FORMAT == "polygon":
+        raise UserError(
+            f"INPUT.MASK_FORMAT is polygon, but {_some(found.with_rle, data)} of {names} have "
+            "masks that are RLE: set INPUT.MASK_FORMAT bitmask"
+        )
+
+
+def _check_keypoints(cfg: CfgNode, names: str, data: DataSet) -> None:
+    if not cfg.MODEL.KEYPOINT_ON:
+        return
+    found = data.contents
+    if found.without_keypoints:
+        raise UserError(
+            f"MODEL.KEYPOINT_ON is True, but {_some(found.without_keypoints, data)} of {names} "
+            "have objects without keypoints: add them, or set MODEL.KEYPOINT_ON False"
+        )
+    number = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+    if found.keypoint_counts - {number}:
+        raise UserError(
+            f"objects of {names} have {min(found.keypoint_counts - {number})} keypoints, "
+            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {number}"
+        )
+    for name in cfg.DATASETS.TRAIN:
+        for field in ("keypoint_names", "keypoint_flip_map"):
+            if MetadataCatalog.get(name).get(field) is None:
+                raise UserError(
+                    f"MODEL.KEYPOINT_ON is True, but the metadata of data set {name} has no {field}"
+                )
+
+
+def _some(images: List[str], data: DataSet) -> str:
+    return f"{len(images)} of {data.contents.images} images (the first is {images[0]})"
+
+
+def _listed(classes: List[str]) -> str:
+    return ", ".join(map(str, classes[:3])) + (", ..." if len(classes) > 3 else "")

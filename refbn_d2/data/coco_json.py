@@ -1,0 +1,142 @@
+"""COCO instance annotations: each file is read and checked once a process."""
+
+import os
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
+from unittest import mock
+
+from detectron2.evaluation import coco_evaluation
+from detectron2.utils.file_io import PathManager
+from pycocotools import coco as pycoco
+from pycocotools.coco import COCO
+
+from ..errors import UserError
+from ..evaluation.inputs import check_ground_truth
+from ..io.coco import is_number
+from ..io.json import read_json
+
+__all__ = ["coco_files_read_once", "keep_content", "read_coco"]
+
+_Stamp = Optional[Tuple[int, int]]  # time of the last change and size in bytes
+
+# Path -> (stamp, content) of files that evaluation needs again.
+_KEPT: Dict[str, Tuple[_Stamp, Dict[str, Any]]] = {}
+# Paths whose content was made here: what is in the file, if it is written yet, is the same.
+_MADE: Set[str] = set()
+# Files of which an evaluation demands more than training does, as far as they were checked.
+_CHECKED: Set[Tuple[str, _Stamp]] = set()
+
+
+def keep_content(path: str, content: Dict[str, Any]) -> None:
+    """Makes ``content`` what :func:`read_coco` finds at ``path``, be the file there or not."""
+    _MADE.add(path)
+    _KEPT[path] = None, content
+    _CHECKED.discard((path, None))
+
+
+def read_coco(path: str, evaluated: bool = True) -> COCO:
+    """pycocotools' COCO of a file, as ``COCO(path)`` but checked, and read once a process.
+
+    The caller may change what it gets. An annotation without ``iscrowd`` gets 0, which pycocotools
+    takes for granted.
+
+    Args:
+        path: annotations in COCO format.
+        evaluated: whether they will be evaluated; the content is then kept for the next time.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: naming the file and the first entry that is wrong.
+    """
+    path = PathManager.get_local_path(path)
+    stamp = None if path in _MADE else _stamp(path)
+    kept = _KEPT.get(path)
+    content = kept[1] if kept and kept[0] == stamp else read_json(Path(path))
+    if (path, stamp) not in _CHECKED:
+        # Without annotations it is one of COCO's test sets, whose evaluation is on a server.
+        whole = {"annotations": [], **content} if isinstance(content, dict) else content
+        check_ground_truth(Path(path), whole, ["bbox"], evaluated)
+        _check_for_detectron2(path, whole)
+    if evaluated:
+        _KEPT[path] = stamp, content
+        _CHECKED.add((path, stamp))
+    coco = COCO()
+    coco.dataset = dict(content)
+    if "annotations" in content:
+        coco.dataset["annotations"] = [_copy(a) for a in content["annotations"]]
+    with mock.patch("builtins.print"):
+        coco.createIndex()
+    return coco
+
+
+def _stamp(path: str) -> _Stamp:
+    status = os.stat(path)
+    return status.st_mtime_ns, status.st_size
+
+
+def _copy(annotation: Dict[str, Any]) -> Dict[str, Any]:
+    """An annotation that load_coco_json and COCOeval may change, as they do."""
+    copied = {"iscrowd": 0, **annotation}
+    if "keypoints" in copied:  # load_coco_json moves them by half a pixel, in place
+        copied["keypoints"] = list(copied["keypoints"])
+    return copied
+
+
+def _check_for_detectron2(path: str, content: Dict[str, Any]) -> None:
+    """Raises a UserError for what detectron2's load_coco_json takes for granted or asserts."""
+    if not content["categories"]:
+        raise UserError(f"{path}: has no categories")
+    for category in content["categories"]:
+        if not isinstance(category.get("name"), str):
+            raise UserError(f"{path}: category {category['id']} has no name")
+    for image in content["images"]:
+        if not isinstance(image.get("file_name"), str):
+            raise UserError(f"{path}: image {image['id']} has no file_name")
+    for annotation in content["annotations"]:
+        if annotation.get("ignore", 0) != 0:
+            raise UserError(
+                f"{path}: annotation {annotation['id']} has ignore {annotation['ignore']!r}, which "
+                "detectron2 does not know: use iscrowd 1"
+            )
+        points = annotation.get("keypoints", [])
+        if not isinstance(points, list) or len(points) % 3 or not all(map(is_number, points)):
+            raise UserError(
+                f"{path}: annotation {annotation['id']} has keypoints that are not x, y, v, ..."
+            )
+
+
+@contextmanager
+def coco_files_read_once(evaluated: bool) -> Iterator[List[COCO]]:
+    """Within, detectron2 reads COCO files by :func:`read_coco`.
+
+    detectron2 has no argument for it: load_coco_json imports pycocotools' class when it is called,
+    and COCOEvaluator looks up the name in its own module.
+
+    Args:
+        evaluated: as for :func:`read_coco`.
+
+    Yields:
+        What was read so far, in order.
+    """
+    read: List[COCO] = []
+
+    def reader(path: str) -> COCO:
+        read.append(read_coco(path, evaluated))
+        return read[-1]
+
+    with mock.patch.object(coco_evaluation, "COCO", reader):
+        with mock.patch.object(pycoco, "COCO", _class_like(reader)):
+            yield read
+
+
+def _class_like(reader: Any) -> Any:
+    """pycocotools' COCO, still a class, but what it makes of a file is the reader's."""
+
+    class ReadOnce(COCO):
+        def __new__(cls, annotation_file=None):
+            if annotation_file is None or cls is not ReadOnce:
+                return super().__new__(cls)
+            return reader(annotation_file)
+
+    return ReadOnce

@@ -1,0 +1,189 @@
+"""Data sets as detectron2's dicts: read, checked and kept once a process, in one copy."""
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+from unittest import mock
+
+from detectron2.config import CfgNode
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetFromList,
+    MetadataCatalog,
+    build,
+    get_detection_dataset_dicts,
+)
+from detectron2.data.datasets import coco
+from detectron2.utils import comm
+
+from ..errors import UserError
+from ..io.atomic import atomic_write
+from ..io.coco import is_int
+from .annotations import Contents, check_dicts, contents, plain_dicts
+from .coco_json import coco_files_read_once, keep_content
+from .errors import annotation_files, dataset_errors
+from .proposals import checked_proposals
+
+__all__ = ["DataSet", "load_dicts", "load_test_set", "load_train_set", "make_coco_file"]
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """The images of one or more data sets.
+
+    Attributes:
+        dicts: in detectron2's standard format. They are serialised in one block of memory, which
+            the workers of a loader share with their parent. (Release 0.6 of detectron2 keeps a
+            NumPy array, later ones a tensor; neither shares it between the processes of several
+            GPUs, each of which has one copy.)
+        contents: what the annotations hold.
+    """
+
+    dicts: DatasetFromList
+    contents: Contents
+
+
+# What was asked for -> (the state of the catalog then, the result).
+_KEPT: Dict[Any, Tuple[Any, DataSet]] = {}
+
+
+def load_dicts(name: str, cfg: CfgNode, evaluated: bool) -> List[Dict[str, Any]]:
+    """The dicts of a registered data set, checked; what DatasetCatalog.get gives.
+
+    Args:
+        name: of the data set.
+        cfg: its DATALOADER.GROUP_FIELD is taken over from the images of a COCO file.
+        evaluated: whether the data set will be evaluated, see :func:`coco_json.read_coco`.
+
+    Raises:
+        UserError: the data set is unknown, a file is missing or not as described, an annotation
+            cannot be used. Errors of the function that makes the data set are raised as they are.
+    """
+    with dataset_errors([name]), coco_files_read_once(evaluated) as read:
+        dicts = DatasetCatalog.get(name)
+    if not len(dicts):
+        raise UserError(f"data set {name} has no images")
+    if not read:  # made by a function: anything that upstream's loaders can use
+        classes = MetadataCatalog.get(name).get("thing_classes")
+        dicts = plain_dicts(dicts, f"data set {name}", len(classes) if classes else None)
+        check_dicts(dicts, f"data set {name}")
+    fields = {"group", "style", cfg.DATALOADER.GROUP_FIELD} - {""}
+    for file in read:
+        for d in dicts:
+            image = file.imgs.get(d["image_id"], {})
+            d.update({f: image[f] for f in fields if f in image and f not in d})
+    return dicts
+
+
+def load_train_set(cfg: CfgNode) -> DataSet:
+    """All of DATASETS.TRAIN, without what training leaves out."""
+    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+    files = cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None
+    with checked_proposals(cfg):
+        return _load(
+            cfg,
+            cfg.DATASETS.TRAIN,
+            cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            keypoints,
+            files,
+            False,
+        )
+
+
+def load_test_set(cfg: CfgNode, name: str) -> DataSet:
+    """One of DATASETS.TEST."""
+    files = None
+    with checked_proposals(cfg):  # as many files as data sets
+        if cfg.MODEL.LOAD_PROPOSALS:
+            files = (cfg.DATASETS.PROPOSAL_FILES_TEST[list(cfg.DATASETS.TEST).index(name)],)
+        return _load(cfg, (name,), False, 0, files, True)
+
+
+def _load(
+    cfg: CfgNode,
+    names: Sequence[str],
+    filter_empty: bool,
+    min_keypoints: int,
+    proposal_files: Optional[Sequence[str]],
+    evaluated: bool,
+) -> DataSet:
+    if not names:
+        raise UserError("DATASETS.TRAIN names no data set")
+    files = None if proposal_files is None else tuple(proposal_files)
+    key = tuple(names), filter_empty, min_keypoints, files, cfg.DATALOADER.GROUP_FIELD
+    # Another function under the same name is another data set.
+    state: List[Any] = [DatasetCatalog[n] for n in names if n in DatasetCatalog.list()]
+    state += [os.stat(f).st_mtime_ns for f in files or () if os.path.exists(f)]
+    if key in _KEPT and _KEPT[key][0] == state:
+        return _KEPT[key][1]
+    loaded = {name: load_dicts(name, cfg, evaluated or name in cfg.DATASETS.TEST) for name in names}
+    catalog = mock.Mock(get=loaded.__getitem__)
+    total = sum(map(len, loaded.values()))
+    objects = [
+        a
+        for dicts in loaded.values()
+        for d in dicts
+        for a in d.get("annotations", ())
+        if a.get("iscrowd", 0) == 0
+    ]
+    if filter_empty and not objects and "annotations" in loaded[names[0]][0]:
+        raise UserError(
+            f"{annotation_files(names)}: none of the {total} images has an object that is no crowd "
+            "(DATALOADER.FILTER_EMPTY_ANNOTATIONS False trains on images without objects)"
+        )
+    if min_keypoints and not any(a.get("keypoints") for a in objects):
+        raise UserError(
+            f"MODEL.KEYPOINT_ON is True, but no object of {', '.join(names)} has keypoints: add "
+            "them, or set MODEL.KEYPOINT_ON False"
+        )
+    del objects
+    with mock.patch.object(build, "DatasetCatalog", catalog):
+        dicts = get_detection_dataset_dicts(
+            names, filter_empty, min_keypoints, proposal_files, check_consistency=False
+        )
+    del loaded
+    dicts = dicts if isinstance(dicts, list) else list(dicts)
+    result = DataSet(DatasetFromList(dicts, copy=False), contents(dicts))
+    _KEPT[key] = state, result
+    return result
+
+
+def make_coco_file(cfg: CfgNode, name: str, folder: str) -> None:
+    """Makes a file in COCO format of a data set that is a function, as its evaluation needs one.
+
+    The main process writes it, below ``folder``, anew each time; every process has it in memory.
+    detectron2 would take the file of an earlier run there, whatever has become of the data since.
+
+    Raises:
+        UserError: COCO cannot express the data set.
+    """
+    metadata = MetadataCatalog.get(name)
+    path = os.path.join(folder, f"{name}_coco_format.json")
+    if metadata.get("json_file", _MADE.get(name)) != _MADE.get(name):
+        return  # it has a file of its own
+    if not metadata.get("thing_classes"):
+        raise UserError(f"data set {name} has no class names: set its metadata's thing_classes")
+    dicts = list(load_test_set(cfg, name).dicts)
+    for d in dicts:
+        if not is_int(d["image_id"]):
+            raise UserError(
+                f"data set {name}: image_id {d['image_id']!r} is not a whole number, which its "
+                "evaluation needs"
+            )
+    with mock.patch.object(coco, "DatasetCatalog", mock.Mock(get=lambda _: dicts)):
+        content = coco.convert_to_coco_dict(name)
+    content.setdefault("annotations", [])
+    keep_content(path, content)
+    if comm.is_main_process():
+        os.makedirs(folder, exist_ok=True)
+        with atomic_write(path) as f:
+            json.dump(content, f)
+    _MADE[name] = path
+    if metadata.get("json_file") != path:
+        vars(metadata).pop("json_file", None)  # metadata cannot be set to another value
+        metadata.json_file = path
+
+
+# Name of a data set -> the file that make_coco_file made of it.
+_MADE: Dict[str, str] = {}
