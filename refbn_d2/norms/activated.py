@@ -15,15 +15,15 @@ class ActivatedNorm(nn.Module):
     """Base of the classes that :func:`with_activation` makes: ``act(drop(norm(x)))``.
 
     Attributes:
-        norm_kind: the norm class without the activation.
-        drop, act: modules, as in timm's BatchNormAct2d.
+        norm_kind: Norm class without the activation.
+        drop, act: Modules that are applied after the norm, as in timm's BatchNormAct2d.
     """
 
     norm_kind: type
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the norm's, then ``drop`` and ``act``."""
-        leaf = as_leaf(self, x)  # here, so that the leaf is the norm with its activation
+        """Applies the norm, then ``drop``, then ``act``."""
+        leaf = as_leaf(self, x)  # the leaf must include the activation, not only the norm
         if leaf is not None:
             return leaf
         return self.act(self.drop(super().forward(x)))
@@ -33,15 +33,15 @@ class ActivatedNorm(nn.Module):
         return _new, (self.norm_kind,), self.__getstate__()
 
     def __getstate__(self):
-        parent = getattr(super(), "__getstate__", None)  # object has it from Python 3.11 on
+        parent = getattr(super(), "__getstate__", None)  # object defines it since Python 3.11
         return self.__dict__.copy() if parent is None else parent()
 
 
 @lru_cache(maxsize=None)
 def with_activation(kind: type) -> type:
-    """The class of norms of class ``kind`` that are followed by ``drop`` and ``act``.
+    """Returns the subclass of ``kind`` that applies ``drop`` and ``act`` after the norm.
 
-    Its layers are made like those of ``kind``; then the attributes ``drop`` and ``act`` are set.
+    Its constructor is that of ``kind``. The caller then sets the attributes ``drop`` and ``act``.
     """
     return type(f"{kind.__name__}Act", (ActivatedNorm, kind), {"norm_kind": kind})
 
@@ -52,10 +52,10 @@ def _new(kind: type) -> nn.Module:
 
 
 def activated_source(kind: type) -> Optional[type]:
-    """The norm class inside an activated one: ours or one of timm's; None for every other class."""
+    """Returns the norm class of a norm with activation, ours or timm's; None for other classes."""
     if issubclass(kind, ActivatedNorm):
         return kind.norm_kind
-    # timm is optional. A layer of timm's can only be here if timm has been imported.
+    # timm is optional. If it has not been imported, ``kind`` cannot be one of its classes.
     layers = sys.modules.get("timm.layers")
     if layers is None:
         return None

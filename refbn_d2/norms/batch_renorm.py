@@ -1,4 +1,4 @@
-"""BatchRenorm2d: BatchNorm corrected towards its moving averages."""
+"""BatchRenorm2d: BatchNorm with a correction towards its moving averages."""
 
 from collections import deque
 from typing import Deque, Optional, Tuple
@@ -15,10 +15,10 @@ __all__ = ["BatchRenorm2d"]
 
 _R_MAX, _D_MAX = 3.0, 5.0
 # The paper's schedule (section 4.2): plain BatchNorm for 5k steps, then d_max grows until step 25k
-# and r_max until step 40k. Here as fractions of the last of these.
+# and r_max until step 40k. These are the same steps as fractions of 40k.
 _START, _D_END, _R_END = 5 / 40, 25 / 40, 1.0
 
-# Mean of the batch, r and d of forward passes whose backward pass may be to come.
+# Batch mean, r and d of forward passes that activation checkpointing may repeat.
 Recent = Deque[Tuple[Tensor, Tensor, Tensor]]
 _MAX_RECENT = 32
 
@@ -26,7 +26,8 @@ _MAX_RECENT = 32
 class BatchRenorm2d(nn.BatchNorm2d):
     """Batch Renormalization, BRN (Ioffe 2017, arXiv 1702.03275, Algorithm 1).
 
-    In training, with sigma_B = sqrt(var_B + eps), var_B biased, and moving averages mu, sigma::
+    With sigma_B = sqrt(var_B + eps), biased var_B, and moving averages mu and sigma, training
+    computes::
 
         r = clip(sigma_B / sigma, 1 / r_max, r_max)       without gradient
         d = clip((mean_B - mu) / sigma, -d_max, d_max)    without gradient
@@ -34,33 +35,37 @@ class BatchRenorm2d(nn.BatchNorm2d):
         mu    <- mu + momentum (mean_B - mu)
         sigma <- sigma + momentum (sigma_B - sigma)
 
-    and in evaluation y = weight (x - mu) / sigma + bias. r_max, d_max are 1 and 0 (BatchNorm) for
-    the first eighth of ``schedule_steps`` training steps; then r_max grows linearly to 3 at the
-    last of them, and d_max to 5 at five eighths, as in the paper, whose ``schedule_steps`` is
-    40,000. The position in the schedule is ``num_batches_tracked`` and so part of the state dict.
+    and evaluation computes y = weight (x - mu) / sigma + bias. For the first 1/8 of the
+    ``schedule_steps`` training steps r_max = 1 and d_max = 0, which is BatchNorm. Then d_max grows
+    linearly to 5 at 5/8 of the steps, and r_max to 3 at the end, as in the paper, where
+    ``schedule_steps`` is 40,000. ``num_batches_tracked`` is the position in the schedule, so the
+    state dict contains it.
 
-    **sigma and running_var.** The paper averages sigma_B, not its square, so that E[r] = 1: that is
-    done here, too. But what is stored is ``running_var`` = sigma^2 - eps, so that the state dict is
-    BatchNorm's, a BatchNorm checkpoint's statistics mean the same here, and evaluation is
-    ``F.batch_norm``, without special cases in freezing, fusing and exporting. Unlike BatchNorm's,
-    this ``running_var`` has no Bessel correction; the paper has none.
+    **sigma and running_var.** This class averages sigma_B and not its square, as the paper does, so
+    that E[r] = 1. The buffer, however, stores ``running_var`` = sigma^2 - eps. The state dict is
+    therefore BatchNorm's, the statistics of a BatchNorm checkpoint keep their meaning, and
+    evaluation is ``F.batch_norm``: freezing, fusing and exporting need no special case. Unlike
+    BatchNorm's, this ``running_var`` has no Bessel correction, because the paper has none.
 
-    **Activation checkpointing** runs the forward pass again during the backward pass, when the
-    moving averages have moved. r and d are then those of the first pass, and nothing moves again.
-    That holds for the last 32 calls of the layer before the backward pass.
+    **Activation checkpointing** repeats the forward pass during the backward pass, after the moving
+    averages have been updated. The repeated pass uses the r and d of the first pass and does not
+    update the averages again. This works for the last 32 calls of the layer before the backward
+    pass.
 
-    An empty batch gives an empty output that carries a gradient, and updates nothing.
+    An empty batch gives an empty output that is connected to the autograd graph, and updates
+    nothing.
 
     Args:
-        num_features: C.
-        eps: added to the variance.
-        momentum: of the moving averages, the paper's is 0.01; None for cumulative averages.
-        schedule_steps: length of the schedule in training steps.
-        affine, track_running_stats, device, dtype: as in nn.BatchNorm2d.
+        num_features: Number of channels C.
+        eps: Constant added to the variance.
+        momentum: Weight of a batch in the moving averages, 0.01 in the paper; None for cumulative
+            averages.
+        schedule_steps: Length of the schedule in training steps, >= 1.
+        affine, track_running_stats, device, dtype: Same as in nn.BatchNorm2d.
 
     Raises:
-        ValueError: ``schedule_steps`` < 1, or ``track_running_stats`` is False: the moving averages
-            are what training corrects to. In training also one value per channel, as BatchNorm.
+        ValueError: If ``schedule_steps`` < 1 or ``track_running_stats`` is False (training needs
+            the moving averages), or if a training batch has one value per channel, as in BatchNorm.
     """
 
     def __init__(
@@ -74,22 +79,25 @@ class BatchRenorm2d(nn.BatchNorm2d):
         if schedule_steps < 1:
             raise ValueError(f"schedule_steps must be >= 1, got {schedule_steps}")
         if not kwargs.get("track_running_stats", True):
-            raise ValueError("Batch Renormalization needs running statistics, in training too")
+            raise ValueError(
+                "Batch Renormalization needs running statistics in training too: do not set "
+                "track_running_stats=False"
+            )
         super().__init__(num_features, eps, momentum, **kwargs)
         self.schedule_steps = schedule_steps
         self._recent: Recent = deque(maxlen=_MAX_RECENT)
         self._recomputed = False
 
     def limits(self) -> Tuple[Tensor, Tensor]:
-        """(r_max, d_max) of the next training step, float64 scalars."""
-        # Stays on the device: reading the step would wait for the GPU.
+        """Returns (r_max, d_max) of the next training step as float64 scalar tensors."""
+        # Computed on the device, because reading the step on the host would wait for the GPU.
         time = self.num_batches_tracked.double() / self.schedule_steps - _START
         r_max = 1 + (_R_MAX - 1) * (time / (_R_END - _START)).clamp(0, 1)
         d_max = _D_MAX * (time / (_D_END - _START)).clamp(0, 1)
         return r_max, d_max
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalizes x, (N, C, H, W); same shape, dtype and memory format out."""
+        """Normalizes x of shape (N, C, H, W); the output has its shape, dtype and memory format."""
         if not torch.jit.is_scripting():
             leaf = as_leaf(self, x)
             if leaf is not None:
@@ -101,7 +109,7 @@ class BatchRenorm2d(nn.BatchNorm2d):
             x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
         )
 
-    @torch.jit.unused  # a step of training is no part of a scripted model
+    @torch.jit.unused  # scripted models only evaluate
     def _forward_in_training(self, x: Tensor) -> Tensor:
         if x.numel() == 0:
             stats = self.running_mean, self.running_var
@@ -119,7 +127,8 @@ class BatchRenorm2d(nn.BatchNorm2d):
                 r, d = self._recall(mean, r, d)
             elif not torch.compiler.is_compiling():
                 self._remember(mean, r, d)
-        # weight (x_hat r + d) + bias is BatchNorm with these, and has its gradient and its kernel.
+        # weight (x_hat r + d) + bias is BatchNorm with the weight and bias below, so BatchNorm's
+        # kernel computes it and its gradient.
         weight, bias = r, d
         if self.weight is not None:
             weight, bias = self.weight.to(r.dtype) * r, self.weight.to(d.dtype) * d
@@ -127,24 +136,24 @@ class BatchRenorm2d(nn.BatchNorm2d):
             bias = bias + self.bias.to(d.dtype)
         y = F.batch_norm(x, None, None, weight, bias, training=True, eps=self.eps)
 
-        if recomputes:  # the batch was counted in the first pass
+        if recomputes:  # the first pass has already updated the averages
             return y
         with torch.no_grad():
             factor = count_batch(self)
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
-            # Rounding may put the square a little below eps.
+            # Rounding can make the difference slightly negative.
             running_var = torch.lerp(sigma, sigma_batch, factor).square() - self.eps
             self.running_var.copy_(running_var.clamp_(min=0))
         return y
 
     def _remember(self, mean: Tensor, r: Tensor, d: Tensor) -> None:
-        if self._recomputed:  # a new step: the passes before it are through
+        if self._recomputed:  # a new step has begun: earlier passes will not be repeated
             self._recent.clear()
             self._recomputed = False
         self._recent.append((mean, r, d))
 
     def _recall(self, mean: Tensor, r: Tensor, d: Tensor) -> Tuple[Tensor, Tensor]:
-        """r and d of the pass that is recomputed, which is known by the mean of its batch."""
+        """Returns r and d of the first pass over this batch, which is identified by its mean."""
         self._recomputed = True
         for old_mean, old_r, old_d in self._recent:
             same = (old_mean == mean).all()

@@ -1,4 +1,4 @@
-"""Taking the reference of every reference norm of a model in one forward pass."""
+"""Captures the references of all reference norms of a model in one forward pass."""
 
 from contextlib import contextmanager
 from typing import Iterator, List, Optional, Tuple
@@ -14,22 +14,27 @@ __all__ = ["capture"]
 
 @contextmanager
 def capture(model: nn.Module, gather: Optional[Gather] = None) -> Iterator[List[Tuple[str, int]]]:
-    """Within the block, each forward pass of ``model`` feeds the references of its layers.
+    """Context manager: forward passes of ``model`` within the block set the references.
 
-    The model runs without gradients, each module in the mode it is in: what you hold in evaluation,
-    such as a frozen BatchNorm, evaluates. Reference layers, in whatever mode, normalize by the
-    reference they are taking, so that deeper layers see normalized input (eq. 11-12). Running
-    statistics and other buffers are as before when the block ends. If the block raises, or a layer
-    saw too little to take a reference from, so are the references.
+    The model runs without gradients. Each module keeps its mode, so that modules which the caller
+    has put in evaluation mode, such as a frozen BatchNorm, evaluate. Reference norms, in either
+    mode, normalize by the reference that they are capturing, so that deeper layers see normalized
+    input (eq. 11-12). At the end of the block, running statistics and all other buffers are
+    restored. References are restored too if the block raises an exception, or if a layer saw too
+    few values to take a reference from.
 
     Args:
-        model: a module with layers derived from :class:`~refbn_d2.norms.ReferenceNorm2d`.
-        gather: see :class:`Moments`.
+        model: Module with layers derived from :class:`~refbn_d2.norms.ReferenceNorm2d`.
+        gather: Function that exchanges statistics between processes; see :class:`Moments`.
 
     Yields:
-        An empty list. When the block has ended it holds (name, elements per channel) of each layer
-        that took a reference, in module order; a layer that the block did not reach is absent and
-        keeps what it had.
+        An empty list. At the end of the block it is filled with (name, number of elements per
+        channel) of each layer that took a reference, in module order. A layer that no forward pass
+        reached is absent and keeps its reference.
+
+    Raises:
+        ValueError: If a layer saw only one value per channel; see
+            :meth:`ReferenceNorm2d.check_reference`.
 
     Example::
 
@@ -37,8 +42,8 @@ def capture(model: nn.Module, gather: Optional[Gather] = None) -> Iterator[List[
             model(images)
     """
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, ReferenceNorm2d)]
-    # A pass in training mode also moves the statistics of norms that take no reference, in place
-    # or by putting another tensor there.
+    # A forward pass in training mode also updates the statistics of norms without a reference,
+    # either in place or by replacing the tensor.
     buffers = [
         (m, name, b, b.clone())
         for m in model.modules()
@@ -59,7 +64,7 @@ def capture(model: nn.Module, gather: Optional[Gather] = None) -> Iterator[List[
                 buffer.copy_(value)
                 m._buffers[name] = buffer
     reached = [(name, layer, moments[layer]) for name, layer in layers if moments[layer].count > 0]
-    for _, layer, m in reached:  # all before any is set: an error leaves every reference as it was
+    for _, layer, m in reached:  # check all before setting any, so that an error changes nothing
         layer.check_reference(m.count, m.samples)
     for name, layer, m in reached:
         layer.set_reference(m.mean, m.var, m.count, m.samples)

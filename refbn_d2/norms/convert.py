@@ -1,4 +1,4 @@
-"""Walking a module tree from one norm to another."""
+"""Replaces the norms of a model by another norm type."""
 
 import logging
 import weakref
@@ -17,7 +17,7 @@ __all__ = ["NormLayer", "by_type", "convert_norm", "recognized"]
 
 logger = logging.getLogger(__name__)
 
-# Classes of detectron2, torchvision and timm, which this package must not import.
+# Class names in detectron2, torchvision and timm, which this package must not import.
 _FROZEN = ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")
 _LIBRARIES = ("detectron2.", "torchvision.", "timm.")
 _AFFINE = ("weight", "bias")
@@ -26,12 +26,12 @@ _OPTIONS = ("eps", "momentum", "affine", "track_running_stats", "pseudo_count")
 
 
 class NormLayer(NamedTuple):
-    """What is known about a layer that is one of the table's norms, or such a norm and more.
+    """Properties of a layer whose norm is in the table or is a frozen norm of another library.
 
     Attributes:
-        kind: the norm's class.
-        type: its entry in the table; None for frozen norms of other libraries.
-        activated: whether the layer also applies its ``drop`` and ``act``.
+        kind: Class of the norm, without an activation.
+        type: Entry of the norm in the table; None for frozen norms of other libraries.
+        activated: Whether the layer also applies its ``drop`` and ``act`` modules.
     """
 
     kind: type
@@ -40,7 +40,7 @@ class NormLayer(NamedTuple):
 
     @property
     def convertible(self) -> bool:
-        """Whether the norm holds BatchNorm's parameters and running statistics."""
+        """Whether the norm has BatchNorm's parameters and running statistics."""
         return self.type is None or self.type.convertible
 
     @property
@@ -50,14 +50,14 @@ class NormLayer(NamedTuple):
 
 
 def recognized(module: nn.Module) -> Optional[NormLayer]:
-    """What is known about a norm; None if ``module`` is none, or does something of its own.
+    """Returns the properties of a norm layer, or None if ``module`` is not a known norm.
 
-    Only exact classes count: a subclass may compute something else.
+    Only exact classes are recognized, because a subclass may compute something else.
     """
     kind = parametrize.type_before_parametrizations(module)
     inner = activated_source(kind)
     activated, kind = inner is not None, inner or kind
-    if "forward" in vars(module):  # replaced on this one layer
+    if "forward" in vars(module):  # this instance has its own forward function
         return None
     for norm_type in NORM_TYPES.values():
         if norm_type.kind is kind:
@@ -68,32 +68,33 @@ def recognized(module: nn.Module) -> Optional[NormLayer]:
 
 
 def convert_norm(module: nn.Module, norm: str) -> nn.Module:
-    """Replaces every BatchNorm-like layer below ``module`` by the norm called ``norm``.
+    """Replaces every BatchNorm-like layer of ``module`` by the norm type ``norm``.
 
-    Affine parameters, running statistics, hooks, parametrizations and, where both have one, the
-    reference are carried over: evaluation gives the same outputs, exactly; only that of VBN, which
-    differs between samples, is no other norm's. Parameters stay the same objects, as in
-    ``nn.SyncBatchNorm.convert_sync_batchnorm``: an optimizer made before goes on training them, and
-    what shares a parameter still does. A layer used in two places stays one layer. timm's
+    Affine parameters, running statistics, hooks and parametrizations are kept, and the reference if
+    both norms have one. In evaluation the converted model gives exactly the same outputs, except
+    for conversions from or to VBN with a reference, whose evaluation normalizes each sample
+    differently. Parameters stay the same objects, as in
+    ``nn.SyncBatchNorm.convert_sync_batchnorm``: an existing optimizer continues to train them, and
+    shared parameters stay shared. A layer that is used in two places stays one layer. timm's
     BatchNormAct2d (and its synchronized and frozen forms) keeps its activation and drop layer.
 
-    A BatchNorm-like layer that cannot be converted without changing the function stays as it is:
-    a subclass with behaviour of its own, a lazy, 1-d or 3-d norm, or an ``nn.SyncBatchNorm`` that
-    follows a linear, 1-d or 3-d layer. The log says how many layers were converted (INFO) and which
-    ones were left (WARNING). GN, LN and other norms that are no BatchNorm in evaluation are left
-    without a word.
+    A BatchNorm-like layer that cannot be converted without changing its function is left unchanged:
+    a subclass with its own behaviour, a lazy, 1-d or 3-d norm, or an ``nn.SyncBatchNorm`` that
+    follows a linear, 1-d or 3-d layer. The log states how many layers were converted (INFO) and
+    which ones were left (WARNING). GN, LN and other norms that do not evaluate like BatchNorm are
+    left without a log message.
 
     Args:
-        module: changed in place, unless it is itself a norm.
-        norm: "BN", "RefBN", "SyncRefBN", "VBN", "BRN", "SyncBN", or a convertible norm type of your
-            own; with detectron2 also "FrozenBN" and "naiveSyncBN".
+        module: Module to convert in place. If it is itself a norm, use the returned replacement.
+        norm: Name of the norm type: "BN", "RefBN", "SyncRefBN", "VBN", "BRN", "SyncBN", or a
+            convertible norm type of your own; with detectron2 also "FrozenBN" and "naiveSyncBN".
 
     Returns:
         ``module``, or its replacement.
 
     Raises:
-        ValueError: an unknown name (the message lists the known ones), or a layer holds no running
-            statistics and the other norm cannot be without; nothing is changed then.
+        ValueError: If the name is unknown (the message lists the known names), or if a layer has no
+            running statistics and the new norm requires them. Nothing is changed then.
     """
     known = [name for name, t in NORM_TYPES.items() if t.convertible]
     if norm not in known:
@@ -105,7 +106,7 @@ def convert_norm(module: nn.Module, norm: str) -> nn.Module:
         _check(layer, target)
     replacements = {layer: _replacement(layer, target) for layer in layers.values()}
     for parent in list(module.modules()):
-        # Not named_children(), which leaves out the second name of a child that has two.
+        # named_children() would omit the second name of a child that has two names.
         for name, child in parent._modules.items():
             if child in replacements:
                 setattr(parent, name, replacements[child])
@@ -114,7 +115,7 @@ def convert_norm(module: nn.Module, norm: str) -> nn.Module:
 
 
 def _find(module: nn.Module) -> Tuple[Dict[str, nn.Module], List[Tuple[str, nn.Module]]]:
-    """The convertible layers by name, and the BatchNorm-like layers that are not."""
+    """Returns the convertible layers by name, and the other BatchNorm-like layers."""
     layers, left = {}, []
     before: Optional[nn.Module] = None
     for name, m in module.named_modules():
@@ -133,7 +134,10 @@ def _find(module: nn.Module) -> Tuple[Dict[str, nn.Module], List[Tuple[str, nn.M
 
 
 def _dimension(before: Optional[nn.Module]) -> int:
-    """Spatial dimensions of what ``before``, the layer in front of a SyncBatchNorm, puts out."""
+    """Number of spatial dimensions of the output of ``before``, the layer before a SyncBatchNorm.
+
+    Without information (None, or another layer) it is 2. For a linear layer it is 1.
+    """
     if isinstance(before, (nn.Linear, nn.Conv1d, nn.ConvTranspose1d)):
         return 1
     return 3 if isinstance(before, (nn.Conv3d, nn.ConvTranspose3d)) else 2
@@ -141,7 +145,8 @@ def _dimension(before: Optional[nn.Module]) -> int:
 
 def _is_plain(module: nn.Module, found: NormLayer) -> bool:
     """Whether the layer has no parameters, buffers or children besides those of its class."""
-    # Pruning and torch.nn.utils.weight_norm add some; parametrizations are carried over instead.
+    # Pruning and torch.nn.utils.weight_norm add some. Parametrizations are allowed, because
+    # _replacement transfers them.
     expected = {*_AFFINE, *_STATISTICS, "parametrizations"}
     if found.activated:
         expected |= {"drop", "act"}
@@ -154,7 +159,8 @@ def _is_plain(module: nn.Module, found: NormLayer) -> bool:
 def _check(old: nn.Module, target: NormType) -> None:
     if old.running_mean is None and target.needs_running_stats:
         raise ValueError(
-            f"cannot convert {old!r} to {target.kind.__name__}: it has no running statistics"
+            f"cannot convert {old!r} to {target.kind.__name__}, which needs running statistics: "
+            "build the layer with track_running_stats=True"
         )
 
 
@@ -185,9 +191,9 @@ def _replacement(old: nn.Module, target: NormType) -> nn.Module:
 
 
 def _take_over(old: nn.Module, new: nn.Module, name: str) -> None:
-    """Gives ``new`` the parameter or buffer ``name`` of ``old``: the same object, where it can."""
+    """Gives ``new`` the parameter or buffer ``name`` of ``old``, the same object if possible."""
     if not hasattr(old, name):
-        return  # a frozen norm counts no batches
+        return  # for example num_batches_tracked of a frozen norm
     value: Optional[Tensor] = getattr(old, name)
     if name in new._parameters:
         if value is not None and not isinstance(value, nn.Parameter):
@@ -196,7 +202,7 @@ def _take_over(old: nn.Module, new: nn.Module, name: str) -> None:
     elif name in new._buffers:
         if isinstance(value, nn.Parameter):
             value = value.detach().clone()
-        # A frozen norm has no way to be without: it keeps a scale of one and a shift of zero.
+        # A frozen norm needs every buffer. If the value is None, keep the scale 1 or the shift 0.
         if value is not None or isinstance(new, _NormBase):
             new._buffers[name] = value
 
@@ -204,14 +210,14 @@ def _take_over(old: nn.Module, new: nn.Module, name: str) -> None:
 def _take_over_hooks(old: nn.Module, new: nn.Module) -> None:
     for name, value in vars(old).items():
         if "_hook" in name:  # torch.nn.Module's dicts of hooks
-            setattr(new, name, value)  # the same dict, so that handles still remove their hooks
+            setattr(new, name, value)  # keep the same dict, so that hook handles still work
     for hook in new._load_state_dict_pre_hooks.values():
         if getattr(hook, "with_module", False):
             hook.module = weakref.ref(new)
 
 
 def by_type(layers: List[Tuple[str, nn.Module]]) -> str:
-    """A text that counts layers by their type and lists their names."""
+    """Formats the number and the names of layers, grouped by class."""
     groups: Dict[str, List[str]] = {}
     for name, m in layers:
         groups.setdefault(type(m).__name__, []).append(name or "the module itself")
@@ -225,4 +231,4 @@ def _report(norm: str, converted: list, left: List[Tuple[str, nn.Module]]) -> No
     text = ", ".join(f"{n} {kind}" for kind, n in counts.items()) or "no layer"
     logger.info("Converted %s to %s", text, norm)
     if left:
-        logger.warning("Left %d norms as they are: %s", len(left), by_type(left))
+        logger.warning("%d norms were not converted: %s", len(left), by_type(left))

@@ -1,4 +1,4 @@
-"""Folding norms into the convolutions before them, for inference."""
+"""Folds norms into the preceding convolutions, for inference."""
 
 import logging
 from collections import Counter
@@ -21,17 +21,17 @@ Pair = Tuple[nn.Conv2d, nn.Module]
 
 
 def _is_affine_map(norm: Optional[nn.Module]) -> bool:
-    """Whether ``norm`` in evaluation is one affine map per channel, and at most an activation."""
+    """Whether ``norm`` in evaluation is one affine map per channel, or that and an activation."""
     found = None if norm is None else recognized(norm)
     if found is None or norm.running_mean is None or _is_observed(norm):
         return False
-    if isinstance(norm, ReferenceNorm2d):  # VBN only is one as long as it has no reference
+    if isinstance(norm, ReferenceNorm2d):  # VBN is an affine map only while it has no reference
         return norm._by_running_stats()
     return found.affine_in_eval
 
 
 def _is_observed(module: nn.Module) -> bool:
-    """Whether hooks or parametrizations see the module, or replace what it does."""
+    """Whether the module has forward hooks or parametrizations, which may change its function."""
     hooks = module._forward_hooks or module._forward_pre_hooks
     return bool(hooks) or "parametrizations" in module._modules
 
@@ -42,13 +42,13 @@ def _is_detectron2_conv(module: nn.Module) -> bool:
 
 
 def _is_foldable_into(conv: nn.Module) -> bool:
-    """Whether ``conv`` puts out a convolution by its ``weight`` and ``bias`` and nothing else."""
+    """Whether ``conv`` computes only a convolution with its ``weight`` and ``bias``."""
     if _is_observed(conv):
         return False
     if _is_detectron2_conv(conv):
         return conv.norm is None and conv.activation is None
-    # Other subclasses may standardize their weights or put an activation behind. timm's
-    # Conv2dSame only pads, as TensorFlow does.
+    # Other subclasses may standardize their weights or apply an activation. timm's Conv2dSame only
+    # pads like TensorFlow.
     kind = type(conv)
     return kind is nn.Conv2d or (
         kind.__name__ == "Conv2dSame" and kind.__module__.startswith("timm.")
@@ -59,14 +59,15 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, name: str) -> bool:
         if isinstance(m, nn.Conv2d) or recognized(m) is not None:
             return True
-        # detectron2's, which takes another norm at every call: none of them follows a convolution.
-        takes_turns = any(c.__name__ == "CycleBatchNormList" for c in type(m).__mro__)
-        return takes_turns or super().is_leaf_module(m, name)
+        # detectron2's CycleBatchNormList calls a different norm for each feature level. A trace
+        # would show only one of these calls, so none of its norms may be folded.
+        is_cycle = any(c.__name__ == "CycleBatchNormList" for c in type(m).__mro__)
+        return is_cycle or super().is_leaf_module(m, name)
 
 
 @contextmanager
 def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Undoes what a traced forward pass does to the attributes of modules."""
+    """Restores the attributes of all modules, which a traced forward pass may change."""
     before = [(m, dict(vars(m))) for m in model.modules()]
     try:
         yield
@@ -77,7 +78,8 @@ def _attributes_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _traced_pairs(model: nn.Module) -> List[Pair]:
-    """Convolutions whose only use goes through a norm that is used only there."""
+    """Pairs of a convolution and a norm where each is called once and only the norm uses the
+    convolution's output."""
     with _attributes_kept(model):
         graph = _Tracer().trace(model)
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -97,45 +99,54 @@ def _traced_pairs(model: nn.Module) -> List[Pair]:
 
 
 def _find_pairs(model: nn.Module) -> Tuple[List[Pair], Optional[Exception]]:
-    """Pairs of ``model``, or of its parts where it cannot be traced; and why it cannot be."""
+    """Finds the pairs of ``model`` by tracing it, or its children if it cannot be traced.
+
+    Returns:
+        The pairs, and the exception that tracing ``model`` raised, or None.
+    """
     if not any(_is_affine_map(m) for m in model.modules()):
         return [], None
     try:
         return _traced_pairs(model), None
-    except Exception as e:  # whatever the forward pass raises when it is given symbols
+    except Exception as e:  # a forward pass may raise any exception when it is called with proxies
         pairs = [pair for child in model.children() for pair in _find_pairs(child)[0]]
         return pairs, e
 
 
 def _used_once(model: nn.Module) -> Set[nn.Module]:
-    """The modules that have one place in ``model``: a part that is traced shows all their uses."""
+    """The modules that have exactly one parent in ``model``.
+
+    For these, a trace of the part that contains them shows all calls.
+    """
     places = Counter(child for parent in model.modules() for child in parent._modules.values())
     return {m for m, count in places.items() if count == 1}
 
 
 @torch.no_grad()
 def fold_norms(model: nn.Module) -> nn.Module:
-    """Folds norms that are affine maps in evaluation into the convolutions before them.
+    """Folds norms that are affine maps in evaluation into the preceding convolutions.
 
-    That is BN, SyncBN, RefBN, SyncRefBN, BRN and FrozenBN by their running statistics: RefBN then
-    costs nothing in inference, and a convolution gains a bias. Of timm's BatchNormAct2d the drop
-    layer and the activation stay. Which convolution precedes a norm is known of a convolution that
-    holds its ``norm``, as detectron2's does; for all others :mod:`torch.fx` follows the forward
-    pass of the model or, where it cannot be traced, of its largest parts that can be.
+    These are BN, SyncBN, RefBN, SyncRefBN, BRN and FrozenBN, by their running statistics. RefBN
+    then costs nothing in inference; the convolution gets a bias. The drop layer and the activation
+    of timm's BatchNormAct2d stay. detectron2's convolutions contain their ``norm``. For all other
+    convolutions :mod:`torch.fx` traces the model to find the norm that follows. If the model cannot
+    be traced, its largest traceable parts are.
 
-    A norm stays where no convolution precedes it, where the convolution's output has other uses,
-    where either is called more than once or watched by hooks, and in parts that cannot be traced.
-    The log says how many norms were folded (INFO), and which BatchNorm-like norms stay (WARNING).
+    A norm is not folded if it does not follow a convolution, if the convolution's output has other
+    uses, if the norm or the convolution is called more than once or has hooks, or if it is in a
+    part that cannot be traced. The log states how many norms were folded (INFO) and which
+    BatchNorm-like norms were not (WARNING).
 
     Args:
-        model: in evaluation mode; changed in place, for good: it cannot be trained as before.
+        model: Model in evaluation mode, changed in place. The change is irreversible: the model
+            cannot be trained as before.
 
     Returns:
-        ``model``, with the same outputs to rounding.
+        ``model``, with the same outputs up to rounding.
 
     Raises:
-        ValueError: ``model`` is in training mode, or cannot be traced, and no norm could be folded;
-            it is then as it was.
+        ValueError: If ``model`` is in training mode, or if it cannot be traced and no norm could be
+            folded. The model is unchanged then.
     """
     if any(m.training for m in model.modules()):
         raise ValueError("fold_norms folds running statistics: call model.eval() first")
@@ -157,8 +168,8 @@ def fold_norms(model: nn.Module) -> nn.Module:
         names = ", ".join(name for name, _ in left)
         raise ValueError(
             f"cannot tell which convolutions precede {names}: torch.fx cannot trace "
-            f"{type(model).__name__} ({' '.join(str(reason).split())}); fold the parts that it can "
-            "trace"
+            f"{type(model).__name__} ({' '.join(str(reason).split())}); call fold_norms on the "
+            "submodules that it can trace"
         ) from reason
     for conv in holders:
         _fold(conv, conv.norm)
@@ -168,7 +179,7 @@ def fold_norms(model: nn.Module) -> nn.Module:
     _replace(model, {norm: _rest(norm, nn.Identity()) for _, norm in pairs})
     logger.info("Folded %d norms into convolutions", len(folded))
     if left:
-        logger.warning("%d norms stay as they are: %s", len(left), by_type(left))
+        logger.warning("%d norms were not folded: %s", len(left), by_type(left))
     return model
 
 
@@ -180,7 +191,7 @@ def _fold(conv: nn.Conv2d, norm: nn.Module) -> None:
 
 
 def _rest(norm: nn.Module, nothing: Optional[nn.Module]) -> Optional[nn.Module]:
-    """What a folded norm leaves in its place: its drop layer and activation, or ``nothing``."""
+    """The replacement of a folded norm: its drop layer and activation, or ``nothing``."""
     if not recognized(norm).activated:
         return nothing
     return nn.Sequential(norm.drop, norm.act).eval()

@@ -1,4 +1,4 @@
-"""The arithmetic of the norms: forward, gradient, and nothing else."""
+"""The norms as functions: forward pass and gradient, without state."""
 
 from typing import Callable, Optional, Tuple
 
@@ -33,7 +33,7 @@ def batch_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     """Mean and biased variance of every channel over N, H and W (Algorithm 2, lines 3-4).
 
     Args:
-        x: (N, C, H, W), not empty, any floating dtype.
+        x: Tensor of shape (N, C, H, W), not empty, of any floating dtype.
 
     Returns:
         Two (C,) tensors without gradient, float64 for float64 input and float32 for every other
@@ -46,21 +46,24 @@ def batch_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
 
 
 def batch_statistics(x: Tensor) -> BatchStatistics:
-    """The statistics of x, (N, C, H, W), not empty; without gradient."""
+    """Returns the statistics of x, of shape (N, C, H, W) and not empty, without gradient."""
     return BatchStatistics(x.shape[0], x.numel() // x.shape[1], *batch_moments(x))
 
 
 class _MixedNorm(torch.autograd.Function):
-    """y = weight (x - mu) s + bias with mu, s from mixed statistics; keeps x and (C,) vectors.
+    """y = weight (x - mu) s + bias, where mu and s come from the mixed statistics.
 
     With s = (var + eps)^-1/2, a = weight s and n = N H W, differentiating eq. 15-16 gives
 
         dx = a [ g - l2 mean(g) - l2 s^2 (x - mu_B) mean(g (x - mu)) ]
 
-    where l2 = N / (N + pseudo_count) and ``share`` = l2 / n. The reference is a constant: no
-    gradient reaches it. l2 = 1 is BatchNorm, l2 = 0 a frozen affine map. The two means are over
-    the whole batch: where other processes hold parts of it, ``batch`` has its statistics and
-    ``all_reduce`` adds up their sums. Without ``batch``, x is all of it.
+    where l2 = N / (N + pseudo_count) and ``share`` = l2 / n. The reference is a constant and gets
+    no gradient. l2 = 1 is BatchNorm; l2 = 0 is a frozen affine map. Only x and vectors of shape
+    (C,) are saved for the backward pass.
+
+    The two means in dx are over the whole batch. If x is only this process's part of it, ``batch``
+    contains the statistics of the whole batch, and ``all_reduce`` sums over the processes. If
+    ``batch`` is None, x is the whole batch.
     """
 
     @staticmethod
@@ -81,7 +84,7 @@ class _MixedNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g, *_):
-        # Read once: checkpointing refuses to unpack a tensor twice.
+        # Read only once, because activation checkpointing forbids unpacking a tensor twice.
         x, weight, batch_mean, mean, invstd = ctx.saved_tensors
         saved = weight, batch_mean, mean, invstd, ctx.share
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
@@ -99,7 +102,10 @@ class _MixedNorm(torch.autograd.Function):
 
 
 class _MixedNormOfAPart(_MixedNorm):
-    """The same of a part of the batch, whose gradient asks the other processes: only once."""
+    """_MixedNorm of one process's part of a batch.
+
+    Its gradient communicates with the other processes and cannot be differentiated again.
+    """
 
     forward = _MixedNorm.forward
     backward = staticmethod(once_differentiable(_MixedNorm.backward))
@@ -128,17 +134,18 @@ def mixed_norm(
     eps: float = 1e-5,
     all_reduce: Optional[Callable[[Tensor], object]] = None,
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    """:func:`ref_batch_norm` of a batch of which x may be only this process's part.
+    """:func:`ref_batch_norm` of a batch that may be split over processes.
 
     Args:
-        x: (N, C, H, W); empty if the whole batch is not.
-        batch: statistics of the whole batch, the same on every process, not empty.
-        all_reduce: adds up a tensor over the processes in place; each calls it once a backward
-            pass. None if x is the whole batch.
-        ref_mean, ref_var, weight, bias, pseudo_count, eps: see :func:`ref_batch_norm`.
+        x: Tensor of shape (N, C, H, W), the batch or this process's part of it. A part may be
+            empty, the whole batch may not.
+        batch: Statistics of the whole batch, the same on every process.
+        ref_mean, ref_var, weight, bias, pseudo_count, eps: Same as in :func:`ref_batch_norm`.
+        all_reduce: Function that sums a tensor over the processes, in place. Every process calls it
+            once in each backward pass. None if x is the whole batch.
 
     Returns:
-        As :func:`ref_batch_norm`.
+        The same as :func:`ref_batch_norm`.
     """
     return _mixed_norm(x, weight, bias, ref_mean, ref_var, pseudo_count, eps, batch, all_reduce)
 
@@ -152,28 +159,28 @@ def ref_batch_norm(
     pseudo_count: float = 1.0,
     eps: float = 1e-5,
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    """Normalize by batch statistics mixed with a reference (Algorithm 2, eq. 13-16).
+    """Normalizes x by batch statistics mixed with those of a reference (Algorithm 2, eq. 13-16).
 
-    The reference weighs as much as ``pseudo_count`` samples: lambda1 = pseudo_count /
-    (N + pseudo_count). Gradients flow through the batch statistics, not through the reference.
+    The reference counts as ``pseudo_count`` samples: lambda1 = pseudo_count / (N + pseudo_count).
+    Gradients flow through the batch statistics, not through the reference.
 
     Args:
-        x: (N, C, H, W), not empty, any floating dtype.
-        ref_mean: (C,), mean of the reference batch at this layer (eq. 11).
-        ref_var: (C,), its biased variance (eq. 12).
-        weight: (C,) scale gamma, or None for 1.
-        bias: (C,) shift beta, or None for 0.
-        pseudo_count: weight of the reference in samples, >= 0; the paper's is 1.
-        eps: added to the mixed variance.
-
-    Raises:
-        ValueError: a vector has not C values, or is on another device than x.
+        x: Tensor of shape (N, C, H, W), not empty, of any floating dtype.
+        ref_mean: Mean of the reference batch at this layer, shape (C,) (eq. 11).
+        ref_var: Biased variance of the reference batch, shape (C,) (eq. 12).
+        weight: Scale gamma, shape (C,), or None for 1.
+        bias: Shift beta, shape (C,), or None for 0.
+        pseudo_count: Weight of the reference in samples, >= 0; 1 in the paper.
+        eps: Constant added to the mixed variance.
 
     Returns:
-        ``(y, mean, var)``: the output in x's shape, dtype and memory format, and the (C,) mixed
-        statistics that a moving average should take, without gradient: the mean of eq. 15 and
-        eq. 16 with the batch's share Bessel-corrected by n / (n - 1), n = N H W (Algorithm 3,
-        line 9).
+        ``(y, mean, var)``: y is the output, with the shape, dtype and memory format of x. mean and
+        var, of shape (C,) and without gradient, are the mixed statistics for a moving average:
+        the mean of eq. 15, and the variance of eq. 16 with the batch variance Bessel-corrected by
+        n / (n - 1), n = N H W (Algorithm 3, line 9).
+
+    Raises:
+        ValueError: If a vector does not have C values or is on another device than x.
     """
     return _mixed_norm(x, weight, bias, ref_mean, ref_var, pseudo_count, eps)
 
@@ -186,18 +193,20 @@ def sample_norm(
     bias: Optional[Tensor] = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """weight (x - mean) / sqrt(var + eps) + bias with statistics that differ between samples.
+    """Computes weight (x - mean) / sqrt(var + eps) + bias with statistics for each sample.
+
+    The result is differentiable in all tensor arguments.
 
     Args:
-        x: (N, C, H, W), may be empty, any floating dtype.
-        mean: (N, C), in the dtype to calculate in; differentiable.
-        var: (N, C), likewise.
-        weight: (C,), or None for 1.
-        bias: (C,), or None for 0.
-        eps: added to the variance.
+        x: Tensor of shape (N, C, H, W) and any floating dtype. It may be empty.
+        mean: Means, shape (N, C). The computation uses their dtype.
+        var: Variances, shape (N, C), in the dtype of ``mean``.
+        weight: Scale, shape (C,), or None for 1.
+        bias: Shift, shape (C,), or None for 0.
+        eps: Constant added to the variance.
 
     Returns:
-        As x in shape, dtype and memory format.
+        A tensor with the shape, dtype and memory format of x.
     """
     scale = torch.rsqrt(var + eps)
     if weight is not None:

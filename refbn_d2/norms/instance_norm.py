@@ -1,4 +1,4 @@
-"""InstanceNorm2d: each sample's channel by its own statistics, with BatchNorm's parameters."""
+"""InstanceNorm2d: normalizes each channel of each sample by its own statistics."""
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +16,19 @@ class InstanceNorm2d(nn.InstanceNorm2d):
 
         y = weight (x - mean_nc) / sqrt(var_nc + eps) + bias
 
-    ``nn.InstanceNorm2d`` with affine parameters, which are called ``weight`` and ``bias`` as
-    BatchNorm's, without running statistics: training and evaluation are the same. An empty batch
-    gives an empty output that carries a gradient.
+    This is ``nn.InstanceNorm2d`` with the affine parameters ``weight`` and ``bias`` and without
+    running statistics, so training and evaluation compute the same. An empty batch gives an empty
+    output that is connected to the autograd graph.
 
-    Where H W = 1, which torch refuses, the equation stands: a single value is its own mean, so the
-    output is ``bias`` and no gradient reaches x. A network that normalizes such maps by IN learns
-    nothing through them, but a feature map that is that small for one image is no reason to stop.
+    torch raises an error if H W = 1. This class evaluates the equation instead: a single value
+    equals its own mean, so the output is ``bias`` and the gradient of x is zero. A network learns
+    nothing through such a feature map, but a small feature map of a single image should not end a
+    training run.
 
     Args:
-        num_features: C.
-        eps: added to the variance.
-        device, dtype: of the parameters.
+        num_features: Number of channels C.
+        eps: Constant added to the variance.
+        device, dtype: Device and dtype of the parameters.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5, device=None, dtype=None):

@@ -1,4 +1,4 @@
-"""Mean and variance of a batch that comes in parts, over calls or processes."""
+"""Mean and variance of a batch that is split over several calls or processes."""
 
 from typing import Callable, Optional, Sequence
 
@@ -13,20 +13,20 @@ Gather = Callable[[Tensor], Sequence[Tensor]]
 
 
 class Moments:
-    """Size, mean and biased variance per channel of everything added so far, in float64.
+    """Element count, mean and biased variance per channel of all inputs so far, in float64.
 
-    Parts are combined exactly, each weighing as many elements as it has (Chan, Golub and LeVeque
-    1979), so how the reference batch was split over calls or processes does not matter.
+    Parts are combined exactly, weighted by their numbers of elements (Chan, Golub and LeVeque
+    1979). The result does not depend on how the batch was split over calls or processes.
 
     Args:
-        gather: maps a 1-D float64 tensor of this process to those of all processes that share the
-            reference batch, in rank order. Every process must then add equally often, empty
-            inputs included. None for a single process.
+        gather: Function that takes a 1-D float64 tensor of this process and returns the tensors of
+            all processes that share the batch, in rank order. Every process must then call
+            :meth:`add` equally often, also with empty inputs. None for a single process.
 
     Attributes:
-        count: elements per channel.
-        samples: sum of the first dimensions of what was added, but for empty inputs.
-        mean, var: (C,), or None while count is 0.
+        count: Number of elements per channel.
+        samples: Sum of the first dimensions of all non-empty inputs.
+        mean, var: Tensors of shape (C,), or None while ``count`` is 0.
     """
 
     def __init__(self, gather: Optional[Gather] = None):
@@ -37,14 +37,14 @@ class Moments:
         self.var: Optional[Tensor] = None
 
     def add(self, x: Tensor) -> None:
-        """Adds the elements of x, (N, C, H, W), which may be empty."""
+        """Adds the elements of x, of shape (N, C, H, W). x may be empty."""
         count, num_channels = x.numel() // x.shape[1], x.shape[1]
         part = x.new_zeros(2 + 2 * num_channels, dtype=torch.float64)
         if count > 0:
             part[0], part[1] = count, x.shape[0]
             part[2:] = torch.cat(batch_moments(x.detach()))
         parts = [part] if self._gather is None else self._gather(part)
-        sizes = torch.stack([p[:2] for p in parts]).tolist()  # waits for the device, once
+        sizes = torch.stack([p[:2] for p in parts]).tolist()  # the only device sync
         for (other_count, samples), other in zip(sizes, parts):
             self.samples += int(samples)
             self._merge(int(other_count), *other[2:].split(num_channels))

@@ -1,4 +1,4 @@
-"""Which processes take a reference together where nobody captured one."""
+"""Which processes take a common reference if none was captured before training."""
 
 import logging
 from typing import List, Optional
@@ -18,7 +18,7 @@ _warned = False
 
 
 def all_gather(group: Optional["dist.ProcessGroup"] = None) -> Gather:
-    """A function that maps a tensor of this process to those of all processes of ``group``."""
+    """Returns a function that gathers a tensor of this process from all processes of ``group``."""
 
     def gather(part: Tensor) -> List[Tensor]:
         parts = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
@@ -34,18 +34,19 @@ def _is_spread() -> bool:
 
 def _active_ddp() -> Optional[DistributedDataParallel]:
     """The DistributedDataParallel whose forward pass is running, if any."""
-    # Private, but there is no other way to tell; PyTorch has it since 1.11.
+    # This attribute is private, but there is no public one. PyTorch has it since 1.11.
     return getattr(DistributedDataParallel, "_active_ddp_module", None)
 
 
 def agreement_group() -> Optional["dist.ProcessGroup"]:
-    """The processes with which this forward pass can exchange statistics; None for none.
+    """Returns the group of processes that can exchange statistics in this forward pass, or None.
 
-    A collective call waits for every process, so it is made only where all of them are known to
-    come by: in a forward pass of DistributedDataParallel, which demands that each process uses each
-    layer in each step, be it with an empty batch. Not with ``find_unused_parameters``, which allows
-    a process to leave layers out; and not with ``broadcast_buffers``, which gives every process the
-    reference of the first one before the next step anyway.
+    A collective call waits for every process of the group. It is therefore safe only if all of them
+    are known to reach it: in a forward pass of DistributedDataParallel, which requires that every
+    process uses every layer in every step, possibly with an empty batch. The result is None with
+    ``find_unused_parameters``, because a process may then skip layers, and with
+    ``broadcast_buffers``, because DistributedDataParallel then copies the reference of rank 0 to
+    every process before the next step.
     """
     ddp = _active_ddp() if _is_spread() else None
     if ddp is None or ddp.find_unused_parameters or ddp.will_sync_module_buffers():
@@ -54,15 +55,16 @@ def agreement_group() -> Optional["dist.ProcessGroup"]:
 
 
 def warn_of_own_references() -> None:
-    """Logs, once, that this process has taken a reference that the others do not know."""
+    """Logs once that this process has taken a reference that other processes do not share."""
     global _warned
     ddp = _active_ddp()
     if _warned or not _is_spread() or (ddp is not None and ddp.will_sync_module_buffers()):
         return
     _warned = True
     logger.warning(
-        "Each process takes its own first batch as the reference, and keeps it: without "
-        "DistributedDataParallel, or with find_unused_parameters, the processes cannot agree on "
-        "one. A checkpoint has that of one process, so a resumed run trains another function. "
-        "Call refbn_d2.capture_reference(model, batch) on every process before training."
+        "Each process takes its own first batch as the reference, because the processes cannot "
+        "agree on one without DistributedDataParallel, or with find_unused_parameters. A "
+        "checkpoint stores the reference of one process only, so a resumed run continues with "
+        "different references. Call refbn_d2.capture_reference(model, batch) on every process "
+        "before training."
     )

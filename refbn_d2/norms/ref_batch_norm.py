@@ -1,4 +1,4 @@
-"""RefBatchNorm2d: a batch normalized by its own statistics mixed with the reference's."""
+"""RefBatchNorm2d: normalizes a batch by its own statistics mixed with those of a reference."""
 
 import math
 from typing import Optional
@@ -25,22 +25,23 @@ class RefBatchNorm2d(ReferenceNorm2d):
         y    = weight (x - mean) / sqrt(var + eps) + bias
 
     N is the first dimension of the layer's own input on this process: images in a backbone, RoIs
-    in a box or mask head. ``running_mean`` and ``running_var`` average the *mixed* statistics, the
-    ones training normalized by, with Bessel's correction on the batch's share (Algorithm 3).
-    Statistics are kept in float32 (float64 for float64 input) and the output has x's dtype.
+    in a box or mask head. ``running_mean`` and ``running_var`` average the *mixed* statistics, by
+    which training normalizes, with Bessel's correction of the batch variance (Algorithm 3).
+    Statistics are computed in float32 (float64 for float64 input) and the output has x's dtype.
 
-    An empty batch gives an empty output that carries a gradient, and updates nothing. One value
-    per channel is legal once a reference is held. With ``pseudo_count=0`` this is nn.BatchNorm2d.
+    An empty batch gives an empty output that is connected to the autograd graph, and updates
+    nothing. An input with one value per channel is allowed if the layer has a reference. With
+    ``pseudo_count=0`` this layer computes the same as nn.BatchNorm2d.
 
     Args:
-        num_features: C.
-        eps: added to the variance.
-        momentum: of the running statistics; None for a cumulative average.
-        pseudo_count: weight of the reference in samples, >= 0; the paper's is 1.
-        affine, track_running_stats, device, dtype: as in nn.BatchNorm2d.
+        num_features: Number of channels C.
+        eps: Constant added to the variance.
+        momentum: Weight of a batch in the running statistics; None for a cumulative average.
+        pseudo_count: Weight of the reference in samples, >= 0; 1 in the paper.
+        affine, track_running_stats, device, dtype: Same as in nn.BatchNorm2d.
 
     Raises:
-        ValueError: ``pseudo_count`` is negative or not finite.
+        ValueError: If ``pseudo_count`` is negative or not finite.
     """
 
     def __init__(
@@ -58,7 +59,8 @@ class RefBatchNorm2d(ReferenceNorm2d):
 
     @torch.jit.unused
     def _forward_by_reference(self, x: Tensor) -> Tensor:
-        # BatchNorm counts an empty batch, which moves a cumulative average.
+        # Not for empty input: BatchNorm counts an empty batch in num_batches_tracked, which changes
+        # a cumulative average.
         if self.pseudo_count == 0 and self._moments is None and x.numel() > 0:
             return nn.BatchNorm2d.forward(self, x)
         return super()._forward_by_reference(x)

@@ -20,13 +20,15 @@ _REFERENCE_KEYS = ("ref_mean", "ref_var", "ref_captured", "ref_size")
 
 
 class _HostNotes:
-    """What the host remembers about ``ref_captured``. A hint that saves time, never the truth.
+    """What the host remembers about the device buffer ``ref_captured``, to avoid reading it.
+
+    The buffer is authoritative; a note is only valid while the buffer has not changed.
 
     Attributes:
-        captured: the buffer and its version counter when it was last known to say "captured".
-            Anything that writes the buffer in place raises the counter; anything that puts another
-            tensor there makes another object of it. Either way the note no longer fits.
-        looked: whether the buffer was read before, in a training step.
+        captured: The buffer tensor and its version counter when it was last known to be 1. An
+            in-place write increments the counter, and replacing the buffer changes the tensor
+            object. In both cases the note no longer matches and is ignored.
+        looked: Whether a training step has read the buffer before.
     """
 
     def __init__(self):
@@ -37,33 +39,36 @@ class _HostNotes:
 class ReferenceNorm2d(nn.BatchNorm2d):
     """A BatchNorm2d that also holds the statistics of one fixed reference batch.
 
-    It *is* an ``nn.BatchNorm2d`` so that what looks for BatchNorm finds it: the weight decay of
-    norms, precise-BN, ``freeze()`` and the conversion to FrozenBatchNorm2d in detectron2. It has
-    BatchNorm's parameters and buffers under BatchNorm's names, and loads a BatchNorm state dict
-    without complaint (the reference is then not captured). Evaluation is BatchNorm's: one affine
-    map per channel by the running statistics.
+    This class derives from ``nn.BatchNorm2d`` so that code which looks for BatchNorm layers finds
+    it: the weight decay of norms, precise-BN, ``freeze()`` and the conversion to FrozenBatchNorm2d
+    in detectron2. It has BatchNorm's parameters and buffers under BatchNorm's names, and loads a
+    BatchNorm state dict without an error (it then has no reference). Evaluation is BatchNorm's: one
+    affine map per channel by the running statistics.
 
-    Subclasses say in :meth:`_normalize` how a training batch is normalized by the reference.
+    Subclasses define in :meth:`_normalize` how a training batch is normalized by the reference.
 
-    **State.** The buffers are all there is to know about the reference. Whatever writes them, in
-    place or by putting other tensors there, thereby sets or drops it: a state dict, a distributed
+    **State.** The buffers contain the whole state of the reference. Everything that writes them, in
+    place or by replacing the tensors, sets or drops the reference: a state dict, a distributed
     checkpoint, an average of models, DistributedDataParallel's broadcast, a replica of
-    DataParallel, ``torch.func.functional_call``. A training step must not wait for the device to
-    read ``ref_captured``, so the host notes at which version of the buffer it knew a reference to
-    be there. While the note fits (``Tensor._version``, kept on the host), the step uses the
-    reference. When it does not fit, the first such step of a layer reads the buffer once; later
-    ones let the device choose between the reference and the batch (``torch.where``). Writes through
-    ``tensor.data`` do not raise the version: after such a write that *drops* the reference, call
-    :meth:`drop_reference`. Under ``torch.compile``, too, only load_state_dict and drop_reference
-    drop a reference that the layer used before.
+    DataParallel, ``torch.func.functional_call``.
+
+    A training step must not wait for the device to read ``ref_captured``. The host therefore
+    remembers the version of the buffer (``Tensor._version``, which is known on the host) at which
+    the layer had a reference. While the version is the same, a step uses the reference. If it
+    differs, the first such step of a layer reads the buffer once; in later steps the device selects
+    the reference or the batch statistics (``torch.where``).
+
+    Writes through ``tensor.data`` do not change the version. After such a write that *drops* the
+    reference, call :meth:`drop_reference`. Under ``torch.compile`` only ``load_state_dict`` and
+    :meth:`drop_reference` can drop a reference that the layer has used.
 
     Buffers:
-        ref_mean: (num_features,), mean of the reference batch (eq. 11).
-        ref_var: (num_features,), its biased variance (eq. 12).
-        ref_captured: floating scalar, 1 if the above have been taken, else 0. An average over
-            models with and without a reference counts as captured from 1/2 on. (A bool, as in
-            version 0.1, cannot be averaged.)
-        ref_size: floating scalar, number of samples that the reference comes from; 0 if unknown.
+        ref_mean: Mean of the reference batch, shape (num_features,) (eq. 11).
+        ref_var: Biased variance of the reference batch, shape (num_features,) (eq. 12).
+        ref_captured: Floating-point scalar, 1 if the layer has a reference, else 0. It is not a
+            bool, as it was in version 0.1, so that models can be averaged; an average of 1/2 or
+            more counts as captured.
+        ref_size: Floating-point scalar, number of samples in the reference batch; 0 if unknown.
     """
 
     _fallback_logged = False
@@ -94,23 +99,23 @@ class ReferenceNorm2d(nn.BatchNorm2d):
 
     @property
     def has_reference(self) -> bool:
-        """Whether a reference is held. Reads the buffer, which waits for its device."""
+        """Whether the layer has a reference. Reading the buffer waits for its device."""
         return bool(self.ref_captured >= 0.5)
 
     @torch.no_grad()
     def set_reference(
         self, mean: Tensor, var: Tensor, count: Optional[int] = None, size: int = 0
     ) -> None:
-        """Fixes the reference.
+        """Sets the reference.
 
         Args:
-            mean: (num_features,), eq. 11.
-            var: (num_features,), biased, eq. 12.
-            count: elements per channel that they come from, if known.
-            size: samples (images, RoIs) that they come from; 0 if unknown.
+            mean: Mean of the reference batch, shape (num_features,) (eq. 11).
+            var: Biased variance of the reference batch, shape (num_features,) (eq. 12).
+            count: Number of elements per channel in the reference batch; None if unknown.
+            size: Number of samples (images, RoIs) in the reference batch; 0 if unknown.
 
         Raises:
-            ValueError: see :meth:`check_reference`.
+            ValueError: If :meth:`check_reference` rejects ``count`` or ``size``.
         """
         self.check_reference(count, size)
         self.ref_mean.copy_(mean)
@@ -120,7 +125,12 @@ class ReferenceNorm2d(nn.BatchNorm2d):
         self._note_captured()
 
     def check_reference(self, count: Optional[int], size: int) -> None:
-        """Raises a ValueError if so few values cannot be a reference."""
+        """Raises a ValueError if a reference from so few values would be unusable.
+
+        Args:
+            count: Number of elements per channel in the reference batch; None if unknown.
+            size: Number of samples in the reference batch; 0 if unknown.
+        """
         if count == 1:
             raise ValueError(
                 f"{self!r}: a reference needs more than 1 value per channel, got 1; "
@@ -134,7 +144,7 @@ class ReferenceNorm2d(nn.BatchNorm2d):
 
     @torch.no_grad()
     def drop_reference(self) -> None:
-        """Forgets the reference, as if none had been captured."""
+        """Removes the reference, as if none had been captured."""
         self.ref_mean.zero_()
         self.ref_var.fill_(1)
         self.ref_size.zero_()
@@ -144,25 +154,25 @@ class ReferenceNorm2d(nn.BatchNorm2d):
     def _note_captured(self) -> None:
         flag = self.ref_captured
         if not torch.compiler.is_compiling():
-            # Tensors of inference mode have no version: nothing can be known about them for long.
+            # Tensors created in inference mode have no version counter, so no note is possible.
             self._notes.captured = None if flag.is_inference() else (flag, flag._version)
 
     def _is_noted(self) -> bool:
-        """Whether the host knows that a reference is held, without waiting for the device."""
+        """Whether the host knows, without waiting for the device, that there is a reference."""
         noted, flag = self._notes.captured, self.ref_captured
         if noted is None or torch.compiler.is_compiling():
             return noted is not None
         return noted[0] is flag and not flag.is_inference() and noted[1] == flag._version
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalizes x, (N, C, H, W); same shape, dtype and memory format out."""
+        """Normalizes x of shape (N, C, H, W); the output has its shape, dtype and memory format."""
         if not torch.jit.is_scripting():
             leaf = as_leaf(self, x)
             if leaf is not None:
                 return leaf
         self._check_input_dim(x)
         if self._moments is None and self._by_running_stats():
-            # BatchNorm's own forward pass, which TorchScript cannot call from here.
+            # The same as BatchNorm's forward pass; TorchScript cannot call super().forward.
             return F.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
             )
@@ -192,7 +202,7 @@ class ReferenceNorm2d(nn.BatchNorm2d):
         raise NotImplementedError
 
     def _affine(self, x: Tensor, mean: Optional[Tensor] = None, var: Optional[Tensor] = None):
-        """gamma (x - mean) / sqrt(var + eps) + beta; also of empty x, where gradients are zeros."""
+        """gamma (x - mean) / sqrt(var + eps) + beta. For empty x the gradients are zeros."""
         mean = self.ref_mean if mean is None else mean.to(self.ref_mean.dtype)
         var = self.ref_var if var is None else var.to(self.ref_var.dtype)
         return F.batch_norm(x, mean, var, self.weight, self.bias, training=False, eps=self.eps)
@@ -203,13 +213,15 @@ class ReferenceNorm2d(nn.BatchNorm2d):
 
     @torch.no_grad()
     def _provide_reference(self, x: Tensor) -> None:
-        """Makes sure that there is a reference: the one held, or else the statistics of x."""
+        """Takes the statistics of x as the reference if the layer has none."""
         count = x.numel() // x.shape[1]
         held, group = None, None
         if not torch.compiler.is_compiling():
             group = agreement_group() if self.training else None
-            # A second look in training would be one at a buffer that is rewritten now and then,
-            # perhaps in every step. It is worth waiting for only where the answer is needed here.
+            # Reading the buffer waits for the device. If training has read it before and the note
+            # still does not match, something rewrites the buffer, perhaps in every step. Then read
+            # it only if the host needs the answer: for a collective call, or for an error about a
+            # batch with too few values.
             if not (self._notes.looked and self.training and group is None and count > 1):
                 held = self._read()
                 self._notes.looked = True
@@ -225,14 +237,14 @@ class ReferenceNorm2d(nn.BatchNorm2d):
             warn_of_own_references()
 
     def _read(self) -> Optional[bool]:
-        """:attr:`has_reference`, or None without values to read: on the meta device, in a trace."""
+        """:attr:`has_reference`, or None if the buffer has no values (meta device, tracing)."""
         try:
             return self.has_reference
         except RuntimeError:
             return None
 
     def _choose_reference(self, batch: BatchStatistics) -> None:
-        """On the device: keeps the reference if it is held, and takes the batch's if it is not."""
+        """Sets the reference to the batch's statistics if there is none, decided on the device."""
         held = self.ref_captured >= 0.5
         for buffer, value in ((self.ref_mean, batch.mean), (self.ref_var, batch.var)):
             buffer.copy_(torch.where(held, buffer, value.to(buffer.dtype)))
@@ -242,7 +254,7 @@ class ReferenceNorm2d(nn.BatchNorm2d):
         self._note_captured()
 
     def _take_together(self, x: Tensor, gather: Gather) -> None:
-        """The first batches of all processes together become the reference of each of them."""
+        """Takes the first batches of all processes together as the reference of each process."""
         moments = Moments(gather)
         moments.add(x)
         if moments.count > 0:
@@ -251,45 +263,49 @@ class ReferenceNorm2d(nn.BatchNorm2d):
             self._take_reference(BatchStatistics(moments.samples, moments.count, mean, var))
 
     def _take_reference(self, batch: BatchStatistics) -> None:
-        """The first batch becomes the reference where nobody captured one."""
+        """Takes a training batch as the reference, because none was captured before training."""
         if not self.training:
             raise ValueError(
-                f"{self!r}: no reference is captured, and evaluation needs one where no running "
-                "statistics are tracked"
+                f"{self!r}: no reference is captured, and evaluation without running statistics "
+                "needs one; capture a reference batch, or set track_running_stats=True"
             )
         if batch.count == 1:
             raise ValueError(
-                f"{self!r}: no reference is captured and this batch has only 1 value per channel "
-                "to take one from; capture a reference batch before training"
+                f"{self!r}: no reference is captured, and this batch cannot become one because it "
+                "has only 1 value per channel; capture a reference batch before training"
             )
         if not ReferenceNorm2d._fallback_logged:
             ReferenceNorm2d._fallback_logged = True
             logger.warning(
                 "No reference was captured before training: each layer takes the first batch it "
-                "sees as its reference. refbn_d2.capture_reference(model, batch) chooses it."
+                "sees as its reference. To choose the reference batch, call "
+                "refbn_d2.capture_reference(model, batch) before training."
             )
         self.set_reference(batch.mean, batch.var, batch.count, batch.samples)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         self._notes.captured = None
-        # Without the counter, which old checkpoints lack.
+        # num_batches_tracked is not required, because old checkpoints do not have it.
         names = (*self._parameters, *self._buffers)
         names = [n for n in names if n not in (*_REFERENCE_KEYS, "num_batches_tracked")]
         wanted = [prefix + n for n in names if getattr(self, n) is not None]
         found = [state_dict[k] for k in wanted if k in state_dict]
         if any(prefix + k in state_dict for k in _REFERENCE_KEYS):
             self._complete_version_0_1(state_dict, prefix)
-        elif not wanted:  # no state but the reference's: the state dict cannot say anything
+        elif not wanted:  # the layer has no BatchNorm state, so the state dict need not mention it
             state_dict.update({prefix + k: getattr(self, k) for k in _REFERENCE_KEYS})
         elif len(found) == len(wanted):
-            # A BatchNorm checkpoint. A reference held so far is that of other weights.
+            # A BatchNorm checkpoint. Drop the reference, which belongs to the previous weights.
             for k in _REFERENCE_KEYS:
                 empty = torch.ones_like if k == "ref_var" else torch.zeros_like
                 state_dict[prefix + k] = empty(getattr(self, k), device=found[0].device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _complete_version_0_1(self, state_dict, prefix: str) -> None:
-        """Version 0.1 had a bool for ref_captured, and ref_size only, as an int, in VBN."""
+        """Converts a state dict of version 0.1 in place.
+
+        There ref_captured was a bool, and only VBN had ref_size, as an integer.
+        """
         captured = state_dict.get(prefix + "ref_captured")
         if captured is None:
             return
@@ -299,7 +315,7 @@ class ReferenceNorm2d(nn.BatchNorm2d):
         state_dict[prefix + "ref_size"] = size.to(dtype)
 
     def __getstate__(self):
-        # Notes are about this object's tensors; a copy has others.
+        # The notes refer to the tensors of this object; a copy has different tensors.
         return {k: v for k, v in self.__dict__.items() if k != "_notes"}
 
     def __setstate__(self, state):

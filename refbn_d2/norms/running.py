@@ -1,4 +1,4 @@
-"""The moving averages of BatchNorm, for norms that average something else than BatchNorm does."""
+"""Updates of BatchNorm's running statistics, for norms that average other values than BatchNorm."""
 
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
@@ -7,18 +7,23 @@ __all__ = ["count_batch", "update_running_stats"]
 
 
 def count_batch(norm: _NormBase) -> float:
-    """Counts one more batch in ``num_batches_tracked``; returns the weight it has in the average.
+    """Increments ``num_batches_tracked`` and returns the weight of this batch in the average.
 
-    ``momentum``, or 1 / num_batches_tracked where that is None (a cumulative average).
+    The weight is ``momentum``, or 1 / num_batches_tracked if ``momentum`` is None (a cumulative
+    average).
     """
     norm.num_batches_tracked.add_(1)
     return 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
 
 
 def update_running_stats(norm: _NormBase, mean: Tensor, var: Tensor) -> None:
-    """Moves the running statistics of ``norm`` towards (C,) ``mean`` and ``var``, without gradient.
+    """Updates the running statistics of ``norm`` with the statistics of one batch.
 
-    Does nothing in eval mode or without running statistics, as BatchNorm.
+    Like BatchNorm, this does nothing in eval mode or if the norm tracks no running statistics.
+
+    Args:
+        norm: Layer whose ``running_mean`` and ``running_var`` are updated in place.
+        mean, var: Tensors of shape (C,) without gradient.
     """
     if not norm.training or norm.running_mean is None:
         return

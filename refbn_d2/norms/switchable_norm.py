@@ -15,29 +15,31 @@ __all__ = ["SwitchableNorm2d"]
 class SwitchableNorm2d(nn.InstanceNorm2d):
     """Switchable Normalization, SN (Luo et al. 2018, arXiv 1806.10779, eq. 3-6).
 
-    With mean and biased variance of IN (over H, W), LN (over C, H, W) and BN (over N, H, W)::
+    It mixes the means and biased variances of IN (over H, W), LN (over C, H, W) and BN (over
+    N, H, W)::
 
         mean = sum_k softmax(mean_weight)_k mean_k        k in IN, LN, BN
         var  = sum_k softmax(var_weight)_k var_k
         y    = weight (x - mean) / sqrt(var + eps) + bias
 
-    In evaluation the statistics of BN are ``running_mean`` and ``running_var``, moving averages of
-    the training batches' (the paper offers these or the averages over a few batches), without
-    Bessel's correction, as the paper. IN and LN are of the input at hand, so evaluation is no
-    affine map, and that is why this is *not* an ``nn.BatchNorm2d``: whatever freezes or fuses
-    BatchNorm must not find it. As an ``nn.InstanceNorm2d`` it is still found where norms are told
-    from other layers, as for detectron2's weight decay. The names in the state dict are
-    BatchNorm's, and ``mean_weight`` and ``var_weight``, 3 each, in the order IN, LN, BN.
+    In evaluation the BN statistics are ``running_mean`` and ``running_var``: moving averages over
+    the training batches, without Bessel's correction, as in the paper. (The paper also describes
+    averages over a few batches.) The IN and LN statistics come from the current input, so
+    evaluation is not an affine map. For that reason this class is *not* an ``nn.BatchNorm2d``:
+    code that freezes or fuses BatchNorm layers must not treat this layer as one. It is an
+    ``nn.InstanceNorm2d``, so that code which looks for norm layers, such as detectron2's weight
+    decay of norms, finds it. The state dict has BatchNorm's names and, in addition,
+    ``mean_weight`` and ``var_weight``, 3 values each in the order IN, LN, BN.
 
-    Statistics are kept in float32 (float64 for float64 input) and the output has x's dtype. An
-    empty batch gives an empty output that carries a gradient, and updates nothing. One value per
-    channel is legal: of the three, LN still has a variance.
+    Statistics are computed in float32 (float64 for float64 input) and the output has x's dtype. An
+    empty batch gives an empty output that is connected to the autograd graph, and updates nothing.
+    An input with one value per channel is allowed, because LN's variance is still defined.
 
     Args:
-        num_features: C.
-        eps: added to the variance.
-        momentum: of the running statistics; None for a cumulative average.
-        device, dtype: of parameters and running statistics.
+        num_features: Number of channels C.
+        eps: Constant added to the variance.
+        momentum: Weight of a batch in the running statistics; None for a cumulative average.
+        device, dtype: Device and dtype of parameters and running statistics.
     """
 
     def __init__(
@@ -73,7 +75,8 @@ class SwitchableNorm2d(nn.InstanceNorm2d):
         dtype = statistics_dtype(x)
         if x.numel() > 0:
             var_in, mean_in = torch.var_mean(x.to(dtype), dim=(2, 3), correction=0)  # (N, C)
-            # LN's, BN's from IN's, as in the paper (eq. 5), but without the difference of squares.
+            # LN's and BN's statistics follow from IN's, as in the paper (eq. 5). Unlike the paper,
+            # _pool does not subtract squared means, which would lose digits.
             mean_ln, var_ln = _pool(mean_in, var_in, dim=1)  # (N, 1)
         else:  # zeros, so that every parameter gets a gradient of zeros
             mean_in = var_in = mean_ln = var_ln = x.to(dtype).sum(dim=(2, 3))
@@ -91,6 +94,9 @@ class SwitchableNorm2d(nn.InstanceNorm2d):
 
 
 def _pool(mean: Tensor, var: Tensor, dim: int):
-    """Mean and variance of equally large groups together: the variances within and between."""
+    """Mean and variance of the union of equally large groups along ``dim``.
+
+    The total variance is the mean of the group variances plus the variance of the group means.
+    """
     between, pooled_mean = torch.var_mean(mean, dim=dim, correction=0, keepdim=True)
     return pooled_mean, var.mean(dim=dim, keepdim=True) + between

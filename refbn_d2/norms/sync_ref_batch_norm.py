@@ -1,4 +1,4 @@
-"""SyncRefBatchNorm2d: RefBN of a batch that is spread over processes."""
+"""SyncRefBatchNorm2d: RefBN by the statistics of a batch that is split over processes."""
 
 import torch
 from torch import Tensor
@@ -14,30 +14,31 @@ __all__ = ["SyncRefBatchNorm2d"]
 
 
 class SyncRefBatchNorm2d(RefBatchNorm2d):
-    """RefBN by the statistics of the whole batch of all processes, SyncRefBN.
+    """Synchronized RefBN, SyncRefBN: normalizes by the statistics of the batch of all processes.
 
-    mean_B, var_B and m of eq. 13-16 are those of the batch of the default process group, combined
-    exactly, each process weighing as many elements as it has. k processes so do what
-    :class:`RefBatchNorm2d` does on one process with the whole batch: outputs, gradients of x, and
-    running statistics, to rounding. Gradients of ``weight`` and ``bias`` are of this process's
-    part, as always; DistributedDataParallel combines them. With ``pseudo_count=0`` this is the
-    synchronized BatchNorm. In evaluation, on one process, or without a process group it is
-    :class:`RefBatchNorm2d`.
+    mean_B, var_B and m of eq. 13-16 are those of the whole batch of the default process group. The
+    parts are combined exactly, weighted by their numbers of elements. Several processes therefore
+    give the outputs, the gradients of x and the running statistics that :class:`RefBatchNorm2d`
+    gives on one process with the whole batch, up to rounding. Gradients of ``weight`` and ``bias``
+    cover the part of this process, as usual; DistributedDataParallel combines them. With
+    ``pseudo_count=0`` this layer is synchronized BatchNorm. In evaluation, on one process, or
+    without a process group it is :class:`RefBatchNorm2d`.
 
     Every process communicates once in each forward pass in training (2 C + 2 numbers) and once in
-    each backward pass (2 C numbers), an empty part included. So each process must call the layer
-    equally often, and must include an empty output in its loss, such as by ``0 * y.sum()``; as
-    DistributedDataParallel demands anyway. As in nn.SyncBatchNorm the sizes of the parts are read
-    on the host. If no reference is held, the first batch that is not empty on all processes
-    becomes the reference, the same on each.
+    each backward pass (2 C numbers), also if its part of the batch is empty. Therefore all
+    processes must call the layer equally often, and an empty output must enter the loss too, for
+    example as ``0 * y.sum()``. DistributedDataParallel requires the same. As in nn.SyncBatchNorm
+    the sizes of the parts are read on the host, which waits for the device. If the layer has no
+    reference, the first batch that is not empty becomes the reference, the same one on every
+    process.
 
     Args:
-        num_features, eps, momentum, pseudo_count, affine, track_running_stats, device, dtype: as in
-            :class:`RefBatchNorm2d`.
+        num_features, eps, momentum, pseudo_count, affine, track_running_stats, device, dtype: Same
+            as in :class:`RefBatchNorm2d`.
 
     Raises:
-        ValueError: one value per channel on all processes together, where RefBatchNorm2d would
-            refuse it too; on every process.
+        ValueError: On every process, if the parts of all processes together have one value per
+            channel and RefBatchNorm2d would raise an error for such a batch.
     """
 
     @torch.jit.unused
@@ -68,8 +69,8 @@ class SyncRefBatchNorm2d(RefBatchNorm2d):
         return y
 
     def _synchronizes(self) -> bool:
-        # During a capture the parts are combined by who runs it; in evaluation the processes need
-        # not be in step.
+        # During a capture the caller combines the parts. In evaluation the processes may call the
+        # layer at different times.
         if self._moments is not None or not self.training:
             return False
         return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -1,4 +1,4 @@
-"""The table of norm types: their names, and what each of them can do."""
+"""The table of norm types: their names and properties."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -22,15 +22,16 @@ class NormType:
     """One norm type.
 
     Attributes:
-        build: constructor that takes the number of channels.
-        kind: exact class of the layers that ``build`` makes, or None if it has no class of its own.
-            :func:`convert_norm` and :func:`fold_norms` recognize the layers by it.
-        convertible: whether a layer holds BatchNorm's parameters and running statistics, under
-            BatchNorm's names: :func:`convert_norm` makes and takes such layers.
-        affine_in_eval: whether evaluation is one affine map per channel by the running statistics,
-            so that :func:`fold_norms` can put it into a convolution.
-        needs_running_stats: whether a layer cannot be without running statistics.
-        configure: sets options of a layer from a detectron2 config: ``configure(layer, cfg)``.
+        build: Constructor that takes the number of channels.
+        kind: Exact class of the layers that ``build`` returns, by which :func:`convert_norm` and
+            :func:`fold_norms` recognize them. None if the norm type has no class of its own.
+        convertible: Whether a layer has BatchNorm's parameters and running statistics under
+            BatchNorm's names, so that :func:`convert_norm` can convert from and to it.
+        affine_in_eval: Whether evaluation is one affine map per channel by the running statistics,
+            so that :func:`fold_norms` can fold it into a convolution.
+        needs_running_stats: Whether a layer requires running statistics.
+        configure: Function ``configure(layer, cfg)`` that sets options of a layer from a detectron2
+            config; None if there are no options.
     """
 
     build: Callable[[int], Optional[nn.Module]]
@@ -42,7 +43,7 @@ class NormType:
 
     @property
     def holds_reference(self) -> bool:
-        """Whether a layer holds the statistics of a reference batch."""
+        """Whether layers of this type hold the statistics of a reference batch."""
         return self.kind is not None and issubclass(self.kind, ReferenceNorm2d)
 
 
@@ -51,11 +52,11 @@ def _set_pseudo_count(layer: nn.Module, cfg: Any) -> None:
 
 
 def _set_schedule(layer: nn.Module, cfg: Any) -> None:
-    # r and d reach their bounds where they do in the paper: after a third of its training.
+    # In the paper the schedule ends after a third of the training.
     layer.schedule_steps = max(1, cfg.SOLVER.MAX_ITER // 3)
 
 
-# What evaluates by BatchNorm's running statistics and nothing else.
+# For norms that in evaluation are an affine map by BatchNorm's running statistics.
 _BATCH_NORM = {"convertible": True, "affine_in_eval": True}
 
 NORM_TYPES: Dict[str, NormType] = {
@@ -64,7 +65,7 @@ NORM_TYPES: Dict[str, NormType] = {
     "SyncRefBN": NormType(
         SyncRefBatchNorm2d, SyncRefBatchNorm2d, **_BATCH_NORM, configure=_set_pseudo_count
     ),
-    # Evaluation differs between samples once a reference is held.
+    # Not affine_in_eval: with a reference, evaluation normalizes each sample differently.
     "VBN": NormType(VirtualBatchNorm2d, VirtualBatchNorm2d, convertible=True),
     "BRN": NormType(
         BatchRenorm2d,
@@ -76,12 +77,13 @@ NORM_TYPES: Dict[str, NormType] = {
     "SyncBN": NormType(nn.SyncBatchNorm, nn.SyncBatchNorm, **_BATCH_NORM),
     "SN": NormType(SwitchableNorm2d, SwitchableNorm2d),
     "IN": NormType(InstanceNorm2d, InstanceNorm2d),
-    # GN's 32 groups do not divide the channels of a ResNet of a quarter the width; 8 are its match.
+    # detectron2's GN has 32 groups, too many for a ResNet with a quarter of the usual channels.
+    # GN8 has the same number of channels per group there.
     "GN8": NormType(partial(nn.GroupNorm, 8)),
     # Layer normalization as in the papers: over channels, height and width.
     "GN1": NormType(partial(nn.GroupNorm, 1)),
 }
-"""Name -> norm type. With detectron2, ``refbn_d2.registry`` adds detectron2's norms."""
+"""Maps names to norm types. With detectron2, ``refbn_d2.registry`` adds detectron2's norms."""
 
 _registered = set()
 
@@ -96,33 +98,40 @@ def register_norm(
     needs_running_stats: bool = False,
     configure: Optional[Callable[[nn.Module, Any], None]] = None,
 ) -> None:
-    """Adds a norm type of your own: ``NORM: name`` in a config then builds it, as any other.
+    """Adds your own norm type, so that ``NORM: name`` in a config builds it.
 
     Args:
-        name: the norm type; names are case-sensitive.
-        build: constructor that takes the number of channels.
-        kind: class of its layers; by default ``build``, if that is a class.
-        convertible: whether layers hold BatchNorm's parameters and running statistics under
-            BatchNorm's names. :func:`convert_norm` then converts to and from them.
-        affine_in_eval: whether evaluation is one affine map per channel, that of BatchNorm by these
-            parameters and statistics. Implies ``convertible``; :func:`fold_norms` then folds them.
-        needs_running_stats: whether a layer cannot be without running statistics.
-        configure: sets options of a layer from a detectron2 config: ``configure(layer, cfg)``.
+        name: Name of the norm type, case-sensitive.
+        build: Constructor that takes the number of channels.
+        kind: Class of its layers; by default ``build``, if that is a class.
+        convertible: Whether a layer has BatchNorm's parameters and running statistics under
+            BatchNorm's names, so that :func:`convert_norm` can convert from and to it.
+        affine_in_eval: Whether a layer in evaluation computes what BatchNorm computes from these
+            parameters and running statistics, so that :func:`fold_norms` can fold it into a
+            convolution. Implies ``convertible``.
+        needs_running_stats: Whether a layer requires running statistics.
+        configure: Function ``configure(layer, cfg)`` that sets options of a layer from a detectron2
+            config.
 
     Raises:
-        ValueError: the name is taken or empty, or a norm without a class is to be converted.
+        ValueError: If the name is empty or already used, or if the norm type is convertible but has
+            no class.
 
     Example::
 
         refbn_d2.register_norm("GN4", lambda channels: nn.GroupNorm(4, channels))
     """
-    if not name or name in NORM_TYPES:
-        raise ValueError(f"norm type {name!r} {'is taken' if name else 'needs a name'}")
+    if not name:
+        raise ValueError("a norm type needs a name that is not empty")
+    if name in NORM_TYPES:
+        raise ValueError(f"norm type {name!r} exists already; choose another name")
     if kind is None and isinstance(build, type):
         kind = build
     convertible = convertible or affine_in_eval
     if convertible and kind is None:
-        raise ValueError(f"norm type {name!r} is to be converted: say the class of its layers")
+        raise ValueError(
+            f"norm type {name!r} is convertible, but the class of its layers is unknown: pass kind="
+        )
     NORM_TYPES[name] = NormType(
         build, kind, convertible, affine_in_eval, needs_running_stats, configure
     )
@@ -130,10 +139,10 @@ def register_norm(
 
 
 def unregister_norm(name: str) -> None:
-    """Takes a norm type out that :func:`register_norm` added.
+    """Removes a norm type that :func:`register_norm` added.
 
     Raises:
-        ValueError: it did not.
+        ValueError: If :func:`register_norm` did not add it.
     """
     if name not in _registered:
         raise ValueError(f"norm type {name!r} was not added by register_norm")
@@ -142,9 +151,9 @@ def unregister_norm(name: str) -> None:
 
 
 def configure(model: nn.Module, cfg: Any) -> None:
-    """Sets the options of all norms below ``model`` from a detectron2 config.
+    """Sets the options of all norms in ``model`` from a detectron2 config.
 
-    A layer whose class is not in the table is configured as its nearest base class that is.
+    A layer whose class is not in the table is configured like its nearest base class in the table.
     """
     by_kind = {t.kind: t for t in NORM_TYPES.values() if t.kind is not None}
     for m in model.modules():

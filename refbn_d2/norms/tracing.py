@@ -1,4 +1,4 @@
-"""How norms behave in symbolic traces and in recomputed forward passes."""
+"""Helpers for torch.fx tracing and for activation checkpointing."""
 
 from typing import Optional
 
@@ -9,11 +9,15 @@ __all__ = ["as_leaf", "in_backward"]
 
 
 def as_leaf(module: nn.Module, x: object) -> Optional[fx.Proxy]:
-    """A call of ``module`` in the graph that :mod:`torch.fx` traces; None if it traces none.
+    """Records ``module`` as one node of the graph that :mod:`torch.fx` is tracing.
 
-    fx treats the layers of ``torch.nn`` as leaves, and looks into everybody else's forward passes,
-    which must then not branch on values. Called first in ``forward``, this makes a leaf of a layer
-    for every tracer: ``torch.fx.symbolic_trace``, and the one of torchvision's feature extractor.
+    fx treats the layers of ``torch.nn`` as leaves, but traces into the forward pass of every other
+    module, which must then not branch on values. A layer that calls this function first in its
+    ``forward`` is a leaf for every tracer: ``torch.fx.symbolic_trace`` as well as torchvision's
+    feature extractor.
+
+    Returns:
+        The traced output, or None if x is not a proxy, i.e. no tracing is in progress.
     """
     if not isinstance(x, fx.Proxy):
         return None
@@ -22,6 +26,9 @@ def as_leaf(module: nn.Module, x: object) -> Optional[fx.Proxy]:
 
 
 def in_backward() -> bool:
-    """Whether a backward pass is running: a forward pass is then recomputed by checkpointing."""
-    # Private, but what torch.utils.checkpoint goes by, too.
+    """Whether a backward pass is running.
+
+    A forward pass within it is one that activation checkpointing repeats.
+    """
+    # This function is private, but torch.utils.checkpoint uses it for the same purpose.
     return torch._C._current_graph_task_id() != -1

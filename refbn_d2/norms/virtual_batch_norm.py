@@ -1,4 +1,4 @@
-"""VirtualBatchNorm2d: each sample by its own statistics and those of the reference batch."""
+"""VirtualBatchNorm2d: normalizes each sample by its own and the reference batch's statistics."""
 
 from typing import Optional
 
@@ -15,37 +15,40 @@ __all__ = ["VirtualBatchNorm2d"]
 class VirtualBatchNorm2d(ReferenceNorm2d):
     """Virtual Batch Normalization, VBN (Salimans et al. 2016, arXiv 1606.03498, section 3.5).
 
-    Each sample is normalized by the statistics of itself together with the n samples of the
-    reference batch. With its own mean_x and mean of squares sq_x over H and W::
+    Each sample is normalized by the statistics of itself and the n samples of the reference batch
+    together. With the sample's mean mean_x and mean of squares sq_x over H and W::
 
         mean = 1 / (n + 1) mean_x + n / (n + 1) ref_mean
         sq   = 1 / (n + 1) sq_x   + n / (n + 1) (ref_var + ref_mean^2)
         y    = weight (x - mean) / sqrt(sq - mean^2 + eps) + bias
 
-    Unlike RefBN the samples of a batch do not influence each other, n is the size of the reference
-    batch and not of the current one, and mixing mean squares adds a between-means term to the
-    variance. n is ``ref_size``: images in a backbone, RoIs in a box or mask head; a layer that is
-    used k times in a forward pass counts each image k times.
+    There are three differences to RefBN. The samples of a batch do not influence each other. n is
+    the size of the reference batch, not of the current batch. Mixing the means of squares adds the
+    variance between the two means to the mixed variance. n is stored in ``ref_size``: the number of
+    images in a backbone, of RoIs in a box or mask head. A layer that is used k times in a forward
+    pass counts each image k times.
 
-    **Evaluation** is the same, per sample, as in the paper. Only where no reference is held (a
-    BatchNorm checkpoint was loaded) it is BatchNorm's. The running statistics average what
-    training normalized by, over samples and batches; evaluation does not need them, but freezing
-    this layer, or converting it to a norm whose evaluation is one affine map, does. That map is
-    therefore the mean behaviour of this layer, not the same outputs.
+    **Evaluation** computes the same as training, per sample, as in the paper. If the layer has no
+    reference, for example because a BatchNorm checkpoint was loaded, it evaluates like BatchNorm.
+    The running statistics average the statistics that training normalizes by, over samples and
+    batches. Evaluation does not use them, but freezing this layer, or converting it to a norm that
+    is an affine map in evaluation, does. That affine map approximates this layer on average; its
+    outputs are not the same.
 
-    **Departures from the paper.** There the statistics of the reference batch come from a second
-    forward pass in every step, with the current weights and with a gradient; here, as in RefBN,
-    they are captured and constant. (Capturing them again every step gives the former.)
+    **Difference to the paper.** In the paper the statistics of the reference batch come from a
+    second forward pass in every step, with the current weights and with gradients. Here they are
+    captured once and then constant, as in RefBN. (Capturing them again in every step gives the
+    paper's values, but no gradients.)
 
-    Statistics are kept in float32 (float64 for float64 input) and the output has x's dtype. An
-    empty batch gives an empty output that carries a gradient, and updates nothing. One value per
-    channel is legal once a reference is held.
+    Statistics are computed in float32 (float64 for float64 input) and the output has x's dtype. An
+    empty batch gives an empty output that is connected to the autograd graph, and updates nothing.
+    An input with one value per channel is allowed if the layer has a reference.
 
     Args:
-        num_features: C.
-        eps: added to the variance.
-        momentum: of the running statistics; None for a cumulative average.
-        affine, track_running_stats, device, dtype: as in nn.BatchNorm2d.
+        num_features: Number of channels C.
+        eps: Constant added to the variance.
+        momentum: Weight of a batch in the running statistics; None for a cumulative average.
+        affine, track_running_stats, device, dtype: Same as in nn.BatchNorm2d.
     """
 
     def check_reference(self, count: Optional[int], size: int) -> None:
@@ -70,11 +73,11 @@ class VirtualBatchNorm2d(ReferenceNorm2d):
         ref_mean, ref_var = self.ref_mean.to(dtype), self.ref_var.to(dtype)
         own = (self.ref_size + 1).to(dtype).reciprocal()
         mean = own * own_mean + (1 - own) * ref_mean
-        # sq - mean^2, rearranged: as it stands it loses its digits where the mean is large.
+        # Equals sq - mean^2, which would lose digits by cancellation if the mean is large.
         between = own * (1 - own) * (own_mean - ref_mean).square()
         var = own * own_var + (1 - own) * ref_var + between
         if not self.training and self.running_mean is not None and not self._is_noted():
-            # In a trace, where the host cannot read which of the two it is.
+            # In a trace the host cannot read the flag, so the traced graph selects the statistics.
             held = self.ref_captured >= 0.5
             mean = torch.where(held, mean, self.running_mean.to(dtype))
             var = torch.where(held, var, self.running_var.to(dtype))

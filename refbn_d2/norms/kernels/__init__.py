@@ -1,11 +1,12 @@
-"""The arithmetic of the norms: which set of kernels works on which tensor.
+"""The kernels of the norms, and the choice of a set of kernels for a tensor.
 
-Environment variables, all read here, when a set is first needed:
+Environment variables, which are read when a set of kernels is first needed:
 
-* ``REFBN_NATIVE=0``: do not compile C++ for the CPU; PyTorch's own pieces do the work.
-* ``CXX``: the C++ compiler (``c++``), as a command.
-* ``XDG_CACHE_HOME``: the compiled kernels are in ``refbn_d2`` there (``~/.cache``).
-* ``REFBN_TRITON=1``: use the Triton kernels on CUDA. Nobody has measured them on a GPU yet.
+* ``REFBN_NATIVE=0``: do not compile C++ for the CPU; use PyTorch's own kernels.
+* ``CXX``: command of the C++ compiler (default ``c++``).
+* ``XDG_CACHE_HOME``: folder for caches (default ``~/.cache``). The compiled kernels are in its
+  subfolder ``refbn_d2``.
+* ``REFBN_TRITON=1``: use the Triton kernels on CUDA. Their speed on a GPU has not been measured.
 """
 
 import functools
@@ -56,11 +57,11 @@ _CPU_ATEN = CpuAten()
 
 
 def kernels_for(x: Tensor) -> Kernels:
-    """The set of kernels for x.
+    """Returns the set of kernels for x.
 
     torch.compile gets formulas that it can fuse; torch.func's transforms and forward-mode
     differentiation get formulas that PyTorch can differentiate; tracers, dispatch modes and tensor
-    subclasses get operators. In all other cases it is the set for the device of x.
+    subclasses get operators. In all other cases the device of x determines the set.
     """
     if torch.compiler.is_compiling():
         return _OPERATORS if _exporting() else _FALLBACK
@@ -72,14 +73,15 @@ def kernels_for(x: Tensor) -> Kernels:
 
 
 def _exporting() -> bool:
-    # New in PyTorch 2.7; before it, torch.export sees what torch.compile sees.
+    # New in PyTorch 2.7. In older versions torch.export gets the same kernels as torch.compile.
     return getattr(torch.compiler, "is_exporting", bool)()
 
 
 def _observed(x: Tensor) -> bool:
-    """Whether a tracer, a dispatch mode or a tensor subclass follows each operation on x.
+    """Whether a tracer, a dispatch mode or a tensor subclass must see each operation on x.
 
-    None of them sees a kernel that is called by ctypes, and a fake tensor has no memory for it.
+    They do not see a kernel that is called through ctypes, and a fake tensor has no memory that
+    such a kernel could read.
     """
     return (
         type(x) is not Tensor
@@ -89,7 +91,7 @@ def _observed(x: Tensor) -> bool:
 
 
 def direct_kernels_for(x: Tensor) -> Kernels:
-    """The set of kernels for the memory of x."""
+    """Returns the set of kernels for the device and dtype of x."""
     if x.is_cpu:
         compiled = _cpu_cpp()
         return compiled if compiled is not None and compiled.takes(x) else _CPU_ATEN
@@ -101,7 +103,7 @@ _OPERATORS = Operators(direct_kernels_for)
 
 @functools.lru_cache(maxsize=None)
 def _cpu_cpp() -> Optional[CpuCpp]:
-    """The compiled kernels, or None where they cannot be had."""
+    """The compiled kernels, or None if they cannot be compiled or loaded."""
     if os.getenv("REFBN_NATIVE") == "0":
         _announce(_CPU_ATEN, " (REFBN_NATIVE=0)")
         return None
@@ -110,7 +112,7 @@ def _cpu_cpp() -> Optional[CpuCpp]:
         kernels = load_library(cpu_cpp.SOURCE, compiler, cpu_cpp.compiler_flags(), cache, CpuCpp)
     except (LibraryError, AttributeError) as e:
         logger.warning(
-            "The norms run on the slow kernels, %s, since the compiled ones cannot be had: %s",
+            "The norms run on the slow kernels %s, because the C++ kernels are not available: %s",
             _CPU_ATEN.name,
             e,
         )
@@ -122,7 +124,7 @@ def _cpu_cpp() -> Optional[CpuCpp]:
 def _compiler_and_cache() -> Tuple[str, Path]:
     compiler = os.getenv("CXX", "").strip() or "c++"
     folder = Path(os.getenv("XDG_CACHE_HOME", ""))
-    if not folder.is_absolute():  # unset, or against the XDG specification
+    if not folder.is_absolute():  # unset; the XDG specification says to ignore relative paths
         try:
             folder = Path.home() / ".cache"
         except RuntimeError as e:  # no home directory can be determined

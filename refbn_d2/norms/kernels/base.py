@@ -1,4 +1,4 @@
-"""What a set of kernels is: four pieces, and the two passes that are made of them."""
+"""The interface of a set of kernels: four functions, and the two passes that consist of them."""
 
 from typing import Callable, NamedTuple, Optional, Tuple
 
@@ -20,13 +20,13 @@ __all__ = [
 
 
 class BatchStatistics(NamedTuple):
-    """What a batch, on one process or many, is normalized by.
+    """The statistics of a batch, which may be split over several processes.
 
     Attributes:
-        samples: m of the paper, the size of the first dimension.
-        count: elements per channel, N H W.
-        mean: (C,).
-        var: (C,), biased.
+        samples: Number of samples N, the size of the first dimension; m in the paper.
+        count: Number of elements per channel, N H W.
+        mean: Means, shape (C,).
+        var: Biased variances, shape (C,).
     """
 
     samples: int
@@ -36,34 +36,34 @@ class BatchStatistics(NamedTuple):
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
-    """float64 for float64 input, float32 for every other dtype."""
-    # Sums over 10^6 bfloat16 values lose all their digits; statistics are never narrower than fp32.
+    """The dtype of statistics: float64 for float64 input, float32 for every other dtype."""
+    # A sum over 10^6 values in bfloat16 has no correct digits.
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def per_channel(v: Tensor) -> Tensor:
-    """(C,) as (1, C, 1, 1)."""
+    """Reshapes a vector of shape (C,) to (1, C, 1, 1)."""
     return v.view(1, -1, 1, 1)
 
 
 def dense(x: Tensor) -> Tensor:
-    """x, or a contiguous copy unless it is contiguous or channels_last, as kernels need it."""
+    """Returns x if it is contiguous or channels_last, else a contiguous copy for the kernels."""
     if x.is_contiguous(memory_format=torch.channels_last):
         return x
     return x.contiguous()
 
 
 def like(g: Tensor, x: Tensor) -> Tensor:
-    """g in the memory format of x, which is dense."""
+    """Returns g in the memory format of x, which is contiguous or channels_last."""
     if x.is_contiguous():
         return g.contiguous()
     return g.contiguous(memory_format=torch.channels_last)
 
 
 def check_vectors(x: Tensor, *vectors: Optional[Tensor]) -> None:
-    """Raises a ValueError unless every vector has a value for each channel of x, on its device.
+    """Raises a ValueError unless every vector has one value per channel of x and is on its device.
 
-    Compiled kernels would read on behind a vector that is too short.
+    Compiled kernels would read beyond the end of a shorter vector.
     """
     for v in vectors:
         if v is not None and (v.numel() != x.shape[1] or v.device != x.device):
@@ -74,41 +74,42 @@ def check_vectors(x: Tensor, *vectors: Optional[Tensor]) -> None:
 
 
 def reference_weight(pseudo_count: float, samples: int) -> float:
-    """lambda1 of eq. 13 for a batch of ``samples``; 1 - lambda1 is lambda2, eq. 14."""
+    """lambda1 of eq. 13 for a batch of ``samples`` samples; lambda2 = 1 - lambda1 (eq. 14)."""
     return pseudo_count / (samples + pseudo_count)
 
 
 def gradient_share(pseudo_count: float, samples: int, count: int) -> float:
-    """lambda2 / n: what one of ``count`` elements per channel adds to the mixed mean."""
+    """lambda2 / n: the derivative of the mixed mean by one of the n = ``count`` elements."""
     return (1.0 - reference_weight(pseudo_count, samples)) / count
 
 
 class Kernels:
-    """The arithmetic of RefBN for one kind of tensor.
+    """The arithmetic of RefBN for one kind of tensor, such as CUDA tensors.
 
-    A subclass defines :meth:`moments`, :meth:`sums` and :meth:`input_gradient`, and overrides
-    what else it does better. x and g are (N, C, H, W), dense (contiguous or channels_last), in the
-    same memory format, and not empty; vectors are (C,) in :func:`statistics_dtype` of x. Autograd
-    sees none of it, unless the set is ``differentiable``.
+    A subclass defines :meth:`moments`, :meth:`sums` and :meth:`input_gradient`, and overrides other
+    methods if it has a faster implementation. x and g have shape (N, C, H, W) and the same memory
+    format, contiguous or channels_last, and are not empty. Vectors have shape (C,) and the dtype
+    :func:`statistics_dtype` of x. Autograd does not record the operations, unless the set is
+    ``differentiable``.
 
     Attributes:
-        name: of the set, as it stands in the log and in docs/performance.md.
-        differentiable: whether PyTorch can differentiate through :meth:`forward`.
+        name: Name of the set in the log and in docs/performance.md.
+        differentiable: Whether PyTorch can differentiate through :meth:`forward`.
     """
 
     name = "kernels"
     differentiable = False
 
     def moments(self, x: Tensor) -> Tuple[Tensor, Tensor]:
-        """Mean and biased variance over N, H and W, (C,) each.
+        """Mean and biased variance over N, H and W, of shape (C,) each.
 
-        They are float64 where the variance of narrower x is beyond float32 and this set can tell.
+        A set may return them in float64 if the variance of x is too large for float32.
         """
         raise NotImplementedError
 
     def normalize(self, x: Tensor, mean: Tensor, scale: Tensor, bias: Optional[Tensor]) -> Tensor:
-        """(x - mean) scale + bias, as x in dtype and memory format."""
-        # PyTorch's own kernel for evaluation: one pass on every device.
+        """Returns (x - mean) scale + bias, in the dtype and memory format of x."""
+        # PyTorch's kernel for evaluation reads and writes memory only once, on every device.
         unit = torch.ones_like(mean)
         return F.batch_norm(x, mean, unit, scale, bias, training=False, eps=0.0)
 
@@ -119,7 +120,7 @@ class Kernels:
     def input_gradient(
         self, g: Tensor, x: Tensor, center: Tensor, scale: Tensor, mean_g: Tensor, slope: Tensor
     ) -> Tensor:
-        """scale (g - mean_g - slope (x - center)), as x in dtype and memory format."""
+        """Returns scale (g - mean_g - slope (x - center)), in the dtype and memory format of x."""
         raise NotImplementedError
 
     def forward(
@@ -133,18 +134,19 @@ class Kernels:
         eps: float,
         batch: Optional[BatchStatistics] = None,
     ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Normalizes x by the batch's statistics mixed with those of the reference (eq. 15-16).
+        """Normalizes x by batch statistics mixed with those of the reference (eq. 15-16).
 
         Args:
-            x: the batch, or a part of it, which may be empty.
-            ref_mean, ref_var, weight, bias: (C,), in any floating dtype.
-            pseudo_count: weight of the reference in samples, >= 0.
-            eps: added to the mixed variance.
-            batch: statistics of the whole batch; None if x is the whole batch.
+            x: Batch, or this process's part of it. A part may be empty.
+            ref_mean, ref_var, weight, bias: Vectors of shape (C,) and any floating dtype.
+            pseudo_count: Weight of the reference in samples, >= 0.
+            eps: Constant added to the mixed variance.
+            batch: Statistics of the whole batch; None if x is the whole batch.
 
         Returns:
             ``(y, mean, var, batch_mean, invstd)``: the output; the mixed mean, and the mixed
-            variance with Bessel's correction, for moving averages; and what :meth:`backward` needs.
+            variance with Bessel's correction, for moving averages; and two vectors that
+            :meth:`backward` needs.
         """
         if batch is None:
             batch = BatchStatistics(x.shape[0], x.numel() // x.shape[1], *self.moments(x))
@@ -152,11 +154,11 @@ class Kernels:
         lambda1 = reference_weight(pseudo_count, batch.samples)
         lambda2 = 1.0 - lambda1
         mean = torch.lerp(batch.mean, ref_mean.to(wide), lambda1)  # eq. 15
-        # eq. 16; no lerp, which makes NaN of a variance that is infinite in float32.
+        # eq. 16. Not by lerp, which returns NaN for a variance that is infinite in float32.
         mixed = torch.add(ref_var.to(wide) * lambda1, batch.var, alpha=lambda2)
-        # Only the batch's share is a sample variance, so only it takes Bessel's correction; with a
-        # single value it is zero whatever the factor.
-        excess = 1.0 / max(batch.count - 1, 1)  # of n / (n - 1) over 1
+        # Bessel's correction n / (n - 1) applies to the batch variance only, because the reference
+        # is a constant. For n = 1 the batch variance is 0, so the factor does not matter.
+        excess = 1.0 / max(batch.count - 1, 1)  # n / (n - 1) - 1
         var = torch.add(mixed, batch.var, alpha=lambda2 * excess).to(narrow)
         mean, invstd = mean.to(narrow), torch.rsqrt(mixed + eps).to(narrow)
         if x.numel() == 0:
@@ -178,18 +180,20 @@ class Kernels:
         all_reduce: Optional[Callable[[Tensor], object]] = None,
         input_gradient: bool = True,
     ) -> Tuple[Optional[Tensor], Tensor, Tensor]:
-        """The gradients of x, bias and weight.
+        """Computes the gradients of x, bias and weight.
 
         Args:
-            g: gradient of the output.
-            x, weight: as in :meth:`forward`.
-            batch_mean, mean, invstd: what that returned.
+            g: Gradient of the output.
+            x, weight: Same as in :meth:`forward`.
+            batch_mean, mean, invstd: Vectors that :meth:`forward` returned.
             share: :func:`gradient_share` of the whole batch.
-            all_reduce: adds up a tensor over the processes in place; None if x is the whole batch.
-            input_gradient: whether the gradient of x is needed.
+            all_reduce: Function that sums a tensor over the processes, in place; None if x is the
+                whole batch.
+            input_gradient: Whether the gradient of x is needed.
 
         Returns:
-            ``(grad_x, sum_g, sum_g_xhat)``: None or as x, then as :meth:`sums` of this part.
+            ``(grad_x, sum_g, sum_g_xhat)``: the gradient of x, or None if it is not needed, and the
+            result of :meth:`sums` for this process's part.
         """
         empty = x.numel() == 0
         if empty:
@@ -198,7 +202,7 @@ class Kernels:
             sum_g, sum_g_xhat = self.sums(g, x, mean, invstd)
         total_g, total_g_xhat = sum_g, sum_g_xhat
         if all_reduce is not None:
-            # Also where this process needs no gradient: the others wait for its part.
+            # Also if this process needs no gradient of x, because the others wait for its part.
             totals = torch.stack([sum_g, sum_g_xhat])
             all_reduce(totals)
             total_g, total_g_xhat = totals

@@ -1,6 +1,6 @@
-"""The kernels on a CPU where nothing can be compiled: PyTorch's own vectorized pieces.
+"""The kernels on a CPU without a C++ compiler: PyTorch's own vectorized kernels.
 
-docs/performance.md says what each piece costs and what else was tried.
+docs/performance.md lists their costs and the alternatives that were tried.
 """
 
 from typing import Iterator, Tuple
@@ -13,12 +13,14 @@ from .formulas import Formulas
 
 __all__ = ["CpuAten"]
 
-# Elements of a block: a megabyte, which stays in the cache. Smaller ones cost calls.
+# Number of elements in a block. A block of float32 takes 1 MiB, which stays in the cache; smaller
+# blocks would need more calls.
 _BLOCK = 1 << 18
-# Of standard deviations: means farther from zero cost the native kernel digits, for which this is
-# worth another pass.
+# If a mean is more than this many standard deviations from zero, the native kernel loses digits of
+# the variance, and another pass is worth its time.
 _FAR = 8.0
-# Rows shorter than a vector register gain nothing from being summed as rows.
+# Number of elements from which on summing by rows is faster; shorter rows do not fill a vector
+# register.
 _SHORT_ROW = 16
 
 _FORMULAS = Formulas()
@@ -41,8 +43,8 @@ class CpuAten(Kernels):
         return mean, var
 
     def sums(self, g: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tuple[Tensor, Tensor]:
-        # What BatchNorm's gradient is made of, without its last pass. Weight and running statistics
-        # are asked for and not used.
+        # BatchNorm's backward kernel without the gradient of x returns just these sums. It requires
+        # weight and running statistics as arguments but does not use them.
         _, sum_g_xhat, sum_g = torch.ops.aten.native_batch_norm_backward(
             g, x, mean, mean, mean, mean, invstd, True, 0.0, [False, True, True]
         )
@@ -58,7 +60,7 @@ class CpuAten(Kernels):
         if x.dtype == center.dtype:
             grad = torch.native_batch_norm(x, weight, bias, center, unit, False, 0.0, 0.0)[0]
             return grad.addcmul_(g, per_channel(scale))
-        # In bfloat16 the terms would be rounded one by one, and mean_g would no longer cancel.
+        # In bfloat16 each term would be rounded on its own, and mean_g would not cancel exactly.
         grad = torch.empty_like(x)
         blocks = list(_blocks(x))
         size = x[blocks[0]].numel()
@@ -78,13 +80,13 @@ def _is_narrow(x: Tensor) -> bool:
 
 
 def _native_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
-    """By the kernel made for the purpose, which has one float32 accumulator per channel for narrow
-    x and in channels_last.
+    """Mean and variance by PyTorch's batch norm kernel, applied to blocks.
 
-    Of 10^6 values that leaves the variance 3 digits. Over blocks, which are then combined, it
-    leaves 6, and the kernel's passes but the first find x in the cache.
+    For bfloat16, float16 and channels_last input the kernel has one float32 accumulator per
+    channel, so the variance of 10^6 values has only 3 correct digits. Applied to blocks whose
+    results are then combined, it has 6. All passes of the kernel but the first find x in the cache.
     """
-    # For narrow x, running statistics in float32 make the kernel calculate in that and return it.
+    # With float32 running statistics the kernel computes and returns float32 for 16-bit input.
     dtype = statistics_dtype(x)
     unused = torch.zeros(2, x.shape[1], dtype=dtype) if _is_narrow(x) else (None, None)
     blocks = [x] if x.is_contiguous() else [x[b] for b in _blocks(x)]
@@ -98,7 +100,10 @@ def _native_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
 
 
 def _column_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
-    """Of x in channels_last, whatever its mean: sums of deviations, per block, then combined."""
+    """Mean and variance of channels_last x, precise for every mean.
+
+    Sums the squared deviations in each block and then combines the blocks.
+    """
     dtype = statistics_dtype(x)
     rows = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
     step = max(1, _BLOCK // rows.shape[1])
@@ -119,11 +124,12 @@ def _column_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
 
 
 def _row_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
-    """Of a contiguous x: per row of H W, then combined (Chan, Golub and LeVeque 1979).
+    """Mean and variance of contiguous x: those of each row of H W elements, then combined.
 
-    The kernel made for the purpose adds up contiguous input value by value and takes 4 to 20 times
-    as long as sum and norm, which are vectorized. x is read from memory once: block by block, each
-    centered in a scratch that stays in the cache.
+    The combination is that of Chan, Golub and LeVeque (1979). PyTorch's batch norm kernel adds
+    contiguous input value by value and takes 4 to 20 times as long as sum and norm, which are
+    vectorized. x is read from memory only once: each block is centered in a buffer that stays in
+    the cache.
     """
     samples, channels = x.shape[:2]
     rows = x.view(samples * channels, -1)
@@ -145,7 +151,7 @@ def _row_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
 
 
 def _blocks(x: Tensor) -> Iterator[Tuple[slice, slice, slice]]:
-    """Slices of the first three dimensions that cut a dense x into blocks, in memory order."""
+    """Slices of the first three dimensions that divide a dense x into blocks, in memory order."""
     size, per_sample = x.shape, x[0].numel()
     everything = slice(None)
     if per_sample <= _BLOCK:

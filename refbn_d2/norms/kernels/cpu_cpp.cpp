@@ -1,9 +1,10 @@
-// The kernels of functional.py for a CPU; cpu_cpp.py compiles this file and says what they do.
+// The kernels for a CPU. base.py documents the functions; cpu_cpp.py calls them.
 //
-// x is (n, c, s), s = H W pixels of a channel side by side, or in channels_last (n s, c). Nothing is
-// as expensive as memory: moments and sums read their input once, normalize and input_gradient read
-// it once more and write. forward and backward do both, in NCHW channel by channel, which is then
-// often still in the cache. Every sum has the same order whatever the number of threads.
+// x has shape (n, c, s) in NCHW, where s = H W, or (n s, c) in channels_last. Memory accesses take
+// most of the time: moments and sums read their input once; normalize and input_gradient read it
+// once and write once. forward and backward do both; in NCHW they process one channel after the
+// other, so that the second read often finds the channel in the cache. The order of every sum is
+// independent of the number of threads.
 
 #include <algorithm>
 #include <cmath>
@@ -17,16 +18,19 @@ namespace {
 
 using Index = std::int64_t;
 
-// What a sum in x's own accuracy runs over, before it goes on in double: few enough values to lose
-// no digits, and few enough to be found in the first cache when they are read again.
+// Number of values in a block. A block is summed in x's own accuracy, the sums of blocks in double.
+// A block is small enough for a float sum to keep its digits, and to be read again from the level-1
+// cache.
 constexpr Index kBlock = 4096;
-// In channels_last a block has all channels: rows, and elements in the second cache.
+// In channels_last a block has all channels. Maximum number of its rows, and number of elements,
+// which fit into the level-2 cache.
 constexpr Index kMaxRows = 256, kBlockElements = 65536;
-// Rows of it whose mean its deviations are taken from.
+// Number of first rows of a block whose mean is subtracted before summing.
 constexpr Index kHead = 8;
-// Parts of channels_last input that are summed independently: at most so many, at least so large.
+// Parts of channels_last input that are summed independently: maximum number of parts, minimum
+// number of elements per part.
 constexpr Index kParts = 32, kPartElements = 131072;
-// Less than this is not worth waking other threads for.
+// Number of elements below which one thread is faster than several.
 constexpr Index kSerial = 32768;
 
 struct BFloat16 {
@@ -44,14 +48,14 @@ inline float load(BFloat16 v) {
 
 inline void store(float v, float& to) { to = v; }
 inline void store(double v, double& to) { to = v; }
-inline void store(float v, BFloat16& to) {  // to the nearest, halves to even; NaN stays NaN
+inline void store(float v, BFloat16& to) {  // rounds to nearest, ties to even; NaN stays NaN
   std::uint32_t bits;
   std::memcpy(&bits, &v, sizeof bits);
   const std::uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   to.bits = std::uint16_t(v == v ? rounded : 0x7fc0);
 }
 
-// Mean and sum of squared deviations of values seen so far (Chan, Golub and LeVeque 1979).
+// Count, mean and sum of squared deviations of the values so far (Chan, Golub and LeVeque 1979).
 struct Moments {
   double count = 0, mean = 0, deviations = 0;
 
@@ -63,7 +67,7 @@ struct Moments {
   }
 };
 
-// Whether a sum in A is no number, as it may be one in double: squares beyond 1e38 leave float.
+// Whether a sum in float overflowed (squares beyond 1e38), so that it must be repeated in double.
 template <class A>
 bool beyond(A sum) {
   return !std::is_same<A, double>::value && !std::isfinite(sum);
@@ -76,7 +80,7 @@ bool any_beyond(const A* sums, Index c) {
   return any;
 }
 
-// `rows` runs of `width` neighbors, `stride` apart.
+// Adds a block of `rows` rows, `stride` apart, of `width` contiguous values.
 template <class A, class T>
 void add_block(Moments& moments, const T* x, Index rows, Index stride, Index width) {
   A sum = 0;
@@ -87,7 +91,7 @@ void add_block(Moments& moments, const T* x, Index rows, Index stride, Index wid
   }
   const double count = double(rows * width);
   const A mean = A(sum / count);
-  // Deviations from a rounded mean do not add up to 0: what they add up to is its error.
+  // The deviations from a rounded mean sum to its rounding error times the count, not to 0.
   A error = 0, squares = 0;
   for (Index i = 0; i < rows; i++) {
     const T* row = x + i * stride;
@@ -119,12 +123,12 @@ void for_blocks(Index n, Index c, Index s, Index k, F f) {
       f((i * c + k) * s + j, std::min(rows, n - i), std::min(width, s - j));
 }
 
-// Rows of a part.
+// Number of rows in a part.
 Index part_rows(Index rows, Index c) {
   return std::max((rows + kParts - 1) / kParts, (kPartElements + c - 1) / c);
 }
 
-// How many parts there are; it does not depend on the number of threads.
+// Number of parts, which does not depend on the number of threads.
 Index parts_of(Index rows, Index c) {
   const Index part = part_rows(rows, c);
   return (rows + part - 1) / part;
@@ -142,8 +146,8 @@ void for_row_blocks(Index rows, Index c, int threads, F f) {
   }
 }
 
-// Calls f(i, 4) for every four rows, f(i, 1) for the rest: four at a time load and store a channel's
-// sum once.
+// Calls f(i, 4) for every four rows and f(i, 1) for each remaining row. With four rows at a time,
+// f loads and stores the sum of a channel once for four values.
 template <class F>
 void by_rows(Index rows, F f) {
   Index i = 0;
@@ -151,7 +155,7 @@ void by_rows(Index rows, F f) {
   for (; i < rows; i++) f(i, std::integral_constant<Index, 1>());
 }
 
-// Of channel k in NCHW.
+// Moments of channel k in NCHW.
 template <class A, class T>
 Moments moments_nchw(const T* x, Index n, Index c, Index s, Index k) {
   Moments moments;
@@ -161,14 +165,14 @@ Moments moments_nchw(const T* x, Index n, Index c, Index s, Index k) {
   return moments;
 }
 
-// The same for c channels side by side.
+// Moments of c channels.
 struct ChannelMoments {
   double count = 0;
   std::vector<double> mean, deviations;
 
   explicit ChannelMoments(Index c) : mean(c), deviations(c) {}
 
-  // f(k) is mean and deviations of `other_count` further values of channel k.
+  // f(k) returns mean and sum of squared deviations of `other_count` further values of channel k.
   template <class F>
   void add(double other_count, F f) {
     const double total = count + other_count, share = other_count / total;
@@ -188,8 +192,9 @@ struct ChannelMoments {
 // Adds `count` rows of c channels.
 template <class A, class T>
 void add_rows(ChannelMoments& moments, const T* block, Index count, Index c) {
-  // Around the mean of its first rows one pass over the block is enough: the mean of q values is
-  // within sqrt(count / q) standard deviations of that of all, so the difference below leaves digits.
+  // One pass over the block is enough if the mean of its first rows is subtracted: the mean of q
+  // values is within sqrt(count / q) standard deviations of the mean of all count values, so the
+  // subtraction below (squares - shift * sum) loses few digits.
   std::vector<A> scratch(3 * c);
   A *const center = scratch.data(), *const sum = center + c, *const squares = sum + c;
   const Index head = std::min(kHead, count);
@@ -237,7 +242,7 @@ void all_moments(const T* x, Index n, Index c, Index s, bool last, int threads, 
   for_channels(c, threads, [&](Index k) { result(k, moments_nchw<A>(x, n, c, s, k)); });
 }
 
-// Sums of g and of g (x - center) over `rows` runs of `width` neighbors, `stride` apart.
+// Sums of g and of g (x - center) over `rows` rows, `stride` apart, of `width` contiguous values.
 template <class A, class T>
 std::pair<double, double> block_sums(const T* g, const T* x, A center, Index rows, Index stride,
                                      Index width) {
@@ -255,7 +260,7 @@ std::pair<double, double> block_sums(const T* g, const T* x, A center, Index row
   return {sum_g, sum_gx};
 }
 
-// Of channel k in NCHW.
+// Sums of channel k in NCHW.
 template <class T, class A>
 void sums_nchw(const T* g, const T* x, Index n, Index c, Index s, Index k, const A* mean,
                const A* invstd, A* sum_g, A* sum_g_xhat) {
@@ -269,7 +274,7 @@ void sums_nchw(const T* g, const T* x, Index n, Index c, Index s, Index k, const
   sum_g_xhat[k] = A(total_gx * invstd[k]);
 }
 
-// Adds those of `count` rows of c channels to into[0..c) and into[c..2c).
+// Adds the sums of `count` rows of c channels to into[0..c) and into[c..2c).
 template <class A, class T, class M>
 void add_row_sums(double* into, const T* g, const T* x, Index count, Index c, const M* mean) {
   std::vector<A> scratch(2 * c);
@@ -311,8 +316,8 @@ void sums_last(const T* g, const T* x, Index rows, Index c, const A* mean, const
   }
 }
 
-// Sets out[i] to f(i, k) in channel k of NCHW. On its own the compiler vectorizes it; as a part of its
-// caller, not always.
+// Sets out[i] to f(i, k) in channel k of NCHW. Not inlined, because the compiler does not always
+// vectorize the inlined loop.
 template <class T, class F>
 __attribute__((noinline)) void map_nchw(T* out, Index n, Index c, Index s, Index k, F f) {
   for (Index i = 0; i < n; i++) {
@@ -322,7 +327,7 @@ __attribute__((noinline)) void map_nchw(T* out, Index n, Index c, Index s, Index
   }
 }
 
-// Sets out[i] to f(i, channel) everywhere in channels_last.
+// Sets out[i] to f(i, channel) for all elements in channels_last.
 template <class T, class F>
 void map_last(T* out, Index rows, Index c, int threads, F f) {
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -360,7 +365,7 @@ void forward(const T* x, Index n, Index c, Index s, bool last, int threads, cons
     const double mixed = own + lambda1 * (ref_var[k] - own);  // eq. 16
     batch_mean[k] = A(m.mean);
     mean[k] = A(m.mean + lambda1 * (ref_mean[k] - m.mean));  // eq. 15
-    // Only the batch's share is a sample variance, so only it takes Bessel's correction.
+    // Bessel's correction applies to the batch variance only: the reference is a constant.
     var[k] = A(mixed + (1 - lambda1) * own / std::max(m.count - 1, 1.0));
     invstd[k] = A(1 / std::sqrt(mixed + eps));
     scale[k] = weight ? weight[k] * invstd[k] : invstd[k];
@@ -404,7 +409,7 @@ int threads_for(Index elements, int threads) { return elements < kSerial ? 1 : t
 
 }  // namespace
 
-// One function of C for every kernel and type; the types' names are in cpu_cpp.py.
+// One extern "C" function for every kernel and type. cpu_cpp.py has the same names of the types.
 #define KERNELS(NAME, T, A)                                                                      \
   extern "C" void moments_##NAME(const T* x, Index n, Index c, Index s, bool last, int threads,  \
                                  A* mean, A* var) {                                              \

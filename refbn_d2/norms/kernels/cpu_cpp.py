@@ -1,4 +1,4 @@
-"""The kernels on a CPU in C++: cpu_cpp.cpp, which library.py compiles at the first use."""
+"""The kernels on a CPU in C++, in cpu_cpp.cpp, which library.py compiles at the first use."""
 
 import ctypes
 from pathlib import Path
@@ -13,7 +13,7 @@ __all__ = ["SOURCE", "CpuCpp", "compiler_flags"]
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 _TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
-# What each takes behind x, n, c, s, channels_last and threads: pointers and doubles.
+# Arguments of each function after x, n, c, s, channels_last and threads: p a pointer, d a double.
 _ARGUMENTS = {
     "moments": "pp",
     "sums": "ppppp",
@@ -23,7 +23,8 @@ _ARGUMENTS = {
     "backward": "pppppdppp",
 }
 _C_TYPES = {"p": ctypes.c_void_p, "d": ctypes.c_double}
-# By what torch found that this machine can do: the instructions that its own kernels are built for.
+# Compiler flags for each CPU capability that torch reports. They are the instruction sets for which
+# torch's own kernels are built.
 _INSTRUCTIONS = {
     "AVX2": ["-mavx2", "-mfma"],
     "AVX512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
@@ -31,19 +32,22 @@ _INSTRUCTIONS = {
 
 
 def compiler_flags() -> Tuple[str, ...]:
-    """The flags to compile ``SOURCE`` with, for this machine."""
+    """Returns the compiler flags for ``SOURCE`` on this machine."""
     instructions = _INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), [])
     return ("-std=c++17", "-O3", "-fPIC", "-fopenmp", *instructions)
 
 
 class CpuCpp(Kernels):
-    """The compiled kernels: one call each, and in NCHW one way through memory less.
+    """The compiled kernels.
+
+    The forward and backward passes are one call each. In NCHW they read memory once less, because
+    each channel is processed while it is in the cache.
 
     Args:
-        library: compiled from ``SOURCE``.
+        library: Library compiled from ``SOURCE``.
 
     Raises:
-        AttributeError: it is another library.
+        AttributeError: If the library lacks a function.
     """
 
     name = "cpu_cpp"
@@ -59,7 +63,7 @@ class CpuCpp(Kernels):
                 self._functions[name, dtype] = function
 
     def takes(self, x: Tensor) -> bool:
-        """Whether there are kernels for x, a tensor on a CPU."""
+        """Whether there are kernels for the CPU tensor x."""
         return x.dtype in _TYPES and x.numel() > 0
 
     def _call(self, name: str, x: Tensor, *arguments: Union[Tensor, float, None]) -> None:
@@ -69,10 +73,10 @@ class CpuCpp(Kernels):
             samples,
             channels,
             height * width,
-            # Both where a channel is one pixel, and then this is the faster way to look at it.
+            # If H W = 1, x is both contiguous and channels_last; channels_last is then faster.
             x.is_contiguous(memory_format=torch.channels_last),
             torch.get_num_threads(),
-            # Numbers and None, which is a null pointer, as they are.
+            # Numbers are passed unchanged, and None as a null pointer.
             *[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments],
         )
 

@@ -1,8 +1,8 @@
-"""The kernels on CUDA: the building blocks of PyTorch's own SyncBatchNorm.
+"""The kernels on CUDA: those of PyTorch's SyncBatchNorm.
 
-They are the kernels that PyTorch's own BatchNorm calls where it does not call cuDNN, in both memory
-formats, and their last one takes the two sums as arguments: the gradient needs no further pass.
-Speed on a GPU is unmeasured.
+PyTorch's BatchNorm calls the same kernels when it does not call cuDNN, in both memory formats. The
+kernel for the gradient of x takes the two sums as arguments, so no further pass is needed. The
+speed on a GPU has not been measured.
 """
 
 from typing import Tuple
@@ -21,11 +21,11 @@ class CudaAten(Kernels):
     name = "cuda_aten"
 
     def moments(self, x: Tensor) -> Tuple[Tensor, Tensor]:
-        # Unlike batch_norm_stats, which returns 1 / sqrt(var + eps), this keeps the digits of var.
+        # batch_norm_stats returns 1 / sqrt(var + eps), from which var cannot be recovered exactly.
         return torch.batch_norm_update_stats(x, None, None, 0.0)
 
     def sums(self, g: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tuple[Tensor, Tensor]:
-        # The dtype of the weight tells the kernel that of the vectors.
+        # The kernel takes the dtype of the vectors from the weight.
         weight = invstd
         sum_g, sum_g_xmu, _, _ = torch.batch_norm_backward_reduce(
             g, x, mean, invstd, weight, True, False, False
@@ -36,6 +36,7 @@ class CudaAten(Kernels):
         self, g: Tensor, x: Tensor, center: Tensor, scale: Tensor, mean_g: Tensor, slope: Tensor
     ) -> Tensor:
         unit = torch.ones_like(center)
-        # The kernel divides both sums by the number of elements: they have been.
+        # The kernel divides both sums by the number of elements. mean_g and slope are already
+        # divided, so the number is 1.
         count = torch.ones(1, dtype=torch.int32, device=x.device)
         return torch.batch_norm_backward_elemt(g, x, center, unit, scale, mean_g, slope, count)

@@ -1,7 +1,7 @@
 """The kernels on CUDA in Triton, used if REFBN_TRITON=1.
 
-Tested under Triton's interpreter only: nobody has run them on a GPU, so their speed there is
-unmeasured and they are not the default.
+They have been tested with Triton's interpreter only. Their speed on a GPU has not been measured,
+so they are not the default.
 """
 
 from typing import Optional, Tuple
@@ -15,11 +15,12 @@ from .base import Kernels, statistics_dtype
 
 __all__ = ["CudaTriton"]
 
-# Programs that a reduction is split into, several for each multiprocessor of a large GPU, whatever
-# the GPU: a device does not change the order of summation.
+# Number of programs that a reduction is split into: several for each multiprocessor of a large GPU.
+# It is the same on every GPU, so that the order of summation does not depend on the GPU.
 _PROGRAMS = 1024
-_FLAT = 1024  # elements of an elementwise program
-# From here on an index may leave int32; below, int64 division would cost more than the memory does.
+_FLAT = 1024  # number of elements per program of an elementwise kernel
+# Number of elements from which on an index may exceed int32. Below it, indices are int32, because
+# int64 divisions would take longer than the memory accesses.
 _WIDE = 2**30
 
 
@@ -59,7 +60,7 @@ def _moments_kernel(x, means, squares, rows, chunk, pixels, channels, BR: tl.con
         deviation = tl.where(mask, v - tile_mean[None, :], 0.0)
         total = tl.maximum(count + tile_count, 1.0)
         delta = tile_mean - mean
-        # An empty tile has a mean of 0 that must not count, which its weight of 0 sees to.
+        # An empty tile has the mean 0, which has no effect because its weight is 0.
         square += tl.sum(deviation * deviation, 0) + delta * delta * (count * tile_count / total)
         mean += delta * (tile_count / total)
         count += tile_count
@@ -72,13 +73,13 @@ def _moments_kernel(x, means, squares, rows, chunk, pixels, channels, BR: tl.con
 @triton.jit
 def _merge_kernel(means, squares, mean_out, var_out, rows, chunk, channels, splits,
                   BC: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """The moments of all chunks together (Chan, Golub and LeVeque 1979)."""
+    """Combines the moments of all chunks (Chan, Golub and LeVeque 1979)."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     mask = c < channels
     count = tl.zeros((), ACC)
     mean = tl.zeros((BC,), ACC)
     square = tl.zeros((BC,), ACC)
-    first = tl.zeros((), tl.int64)  # row of the chunk
+    first = tl.zeros((), tl.int64)  # first row of the chunk
     for k in range(splits):
         part = tl.load(means + k * channels + c, mask, 0.0)
         part_count = tl.minimum(rows - first, chunk).to(ACC)
@@ -118,7 +119,7 @@ def _sums_kernel(g, x, mean, invstd, out, rows, chunk, pixels, channels, splits,
 
 @triton.jit
 def _flat_indices(size, pixels, channels, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """Positions in memory, those inside, and their channels."""
+    """Positions in memory, a mask of the positions inside the tensor, and their channels."""
     program = tl.program_id(0)
     if WIDE:
         program = program.to(tl.int64)
@@ -149,7 +150,7 @@ def _input_gradient_kernel(g, x, out, center, scale, mean_g, slope, size, pixels
 
 
 def _split(x: Tensor):
-    """How a reduction is cut up: grid, arguments and constants."""
+    """Divides a reduction into programs: returns the grid, the arguments and the constants."""
     samples, channels, height, width = x.shape
     last = not x.is_contiguous()
     block_rows, block_channels = (64, 32) if last else (1024, 1)
@@ -157,7 +158,7 @@ def _split(x: Tensor):
     across = triton.cdiv(channels, block_channels)
     splits = max(1, min(_PROGRAMS // across, triton.cdiv(rows, block_rows)))
     chunk = triton.cdiv(rows, splits)
-    splits = triton.cdiv(rows, chunk)  # none is empty
+    splits = triton.cdiv(rows, chunk)  # so that no split is empty
     constants = {
         "BR": block_rows,
         "BC": block_channels,
@@ -169,14 +170,18 @@ def _split(x: Tensor):
 
 
 def _flat(x: Tensor):
-    """How an elementwise kernel is cut up: grid, and size, pixels, channels, WIDE, BLOCK."""
+    """Divides an elementwise kernel into programs.
+
+    Returns:
+        The grid, and the arguments size, pixels, channels, WIDE and BLOCK.
+    """
     pixels = x.shape[2] * x.shape[3] if x.is_contiguous() else 1
     size = x.numel()
     return (triton.cdiv(size, _FLAT),), (size, pixels, x.shape[1], size >= _WIDE, _FLAT)
 
 
 class CudaTriton(Kernels):
-    """Triton kernels; for any of the floating dtypes."""
+    """Triton kernels, for every floating dtype."""
 
     name = "cuda_triton"
 

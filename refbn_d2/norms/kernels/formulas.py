@@ -1,5 +1,8 @@
-"""The kernels as formulas of elementary operations: they work on every device, torch.compile can
-fuse them, and PyTorch can differentiate them in every way."""
+"""The kernels as formulas of elementary PyTorch operations.
+
+They work on every device, torch.compile can fuse them, and all of PyTorch's forms of automatic
+differentiation apply to them.
+"""
 
 from typing import Optional, Tuple
 
@@ -20,7 +23,7 @@ class Formulas(Kernels):
     def moments(self, x: Tensor) -> Tuple[Tensor, Tensor]:
         wide = statistics_dtype(x)
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            wide = torch.float64  # as BatchNorm adds up on a CPU
+            wide = torch.float64  # PyTorch's BatchNorm on a CPU also sums in float64
         var, mean = torch.var_mean(x.to(wide), dim=(0, 2, 3), correction=0)
         return mean, var
 
@@ -43,9 +46,9 @@ class Formulas(Kernels):
 
 
 class Fallback(Formulas):
-    """For torch.compile, which fuses them, and for devices without a set of their own.
+    """Formulas for torch.compile, which fuses them, and for devices without their own kernels.
 
-    PyTorch has a kernel to normalize with, which is not differentiable in its statistics.
+    It normalizes by PyTorch's batch norm, which is faster but not differentiable in the statistics.
     """
 
     name = "fallback"
@@ -63,11 +66,11 @@ def differentiable_backward(
     invstd: Tensor,
     share: float,
 ) -> Tuple[Optional[Tensor], Tensor, Tensor]:
-    """:meth:`Kernels.backward` of a whole batch, differentiable in g, x and weight.
+    """Computes :meth:`Kernels.backward` of a whole batch, differentiable in g, x and weight.
 
-    The vectors are the results of the forward pass: numbers. Here they become functions of x again,
-    with the same values: with v = var_B(x), the mixed variance changes by lambda2 times what v
-    changes by, and the mean likewise.
+    The vectors that the forward pass saved are constants for autograd. This function replaces them
+    by functions of x with the same values and the right derivatives: the derivative of the mixed
+    variance is lambda2 times that of the batch variance, and the same holds for the mean.
     """
     formulas = Formulas()
     lambda2 = share * (x.numel() // x.shape[1])

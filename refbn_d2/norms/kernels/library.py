@@ -1,8 +1,8 @@
-"""Compiling C++ when it is first needed, and keeping the result for the next processes.
+"""Compiles C++ at the first use, and caches the library for other processes.
 
-The library lies in a folder of the user's own, beside a file with its SHA-256 checksum in the
-format of ``sha256sum``. A library that its checksum does not fit is compiled again and never
-loaded: the dynamic linker ends a process that meets a truncated one.
+The library is in a folder that belongs to the user, together with a file that contains its SHA-256
+checksum in the format of ``sha256sum``. If the checksum does not match, the library is not loaded
+but compiled again, because loading a truncated library would crash the process.
 """
 
 import contextlib
@@ -25,28 +25,33 @@ __all__ = ["LibraryError", "load_library"]
 
 T = TypeVar("T")
 
-_BUILD = "tmp"  # prefix of the folders to compile in
-_TIMEOUT = 120.0  # seconds for a command of the compiler
+_BUILD = "tmp"  # prefix of the names of the temporary build folders
+_TIMEOUT = 120.0  # seconds that one compiler command may take
 
 
 class LibraryError(Exception):
-    """The library cannot be had; the message says why, and what to do about it."""
+    """The library cannot be compiled or loaded; the message names the reason and a remedy."""
 
 
 def load_library(
     source: Path, compiler: str, flags: Sequence[str], cache: Path, wrap: Callable[[ctypes.CDLL], T]
 ) -> T:
-    """The library that ``source`` compiles to, from ``cache`` if it is there.
+    """Loads the library compiled from ``source``; compiles it first if it is not in ``cache``.
 
     Args:
-        source: C++ file.
-        compiler: command with its own arguments, as in a shell.
-        flags: to compile with.
-        cache: folder for compiled libraries, made if it does not exist.
-        wrap: what to make of the library; an AttributeError says that it is another one.
+        source: Path of the C++ file.
+        compiler: Compiler command, which may include arguments, in shell syntax.
+        flags: Compiler flags.
+        cache: Folder of the compiled libraries; created if it does not exist.
+        wrap: Function that makes the result from the library. It raises an AttributeError if the
+            library lacks a function.
+
+    Returns:
+        The result of ``wrap``.
 
     Raises:
-        LibraryError: it cannot be compiled or loaded, or somebody else could change it.
+        LibraryError: If the library cannot be compiled or loaded, or if other users could modify
+            it.
     """
     try:
         command = shlex.split(compiler)
@@ -61,7 +66,7 @@ def load_library(
         with _lock(cache):
             _remove_leftovers(cache)
             if _fits(path):
-                with contextlib.suppress(OSError, AttributeError):  # made on another machine
+                with contextlib.suppress(OSError, AttributeError):  # compiled on another machine
                     return wrap(ctypes.CDLL(str(path)))
             _compile(source, command, flags, path)
             return wrap(ctypes.CDLL(str(path)))
@@ -70,23 +75,23 @@ def load_library(
 
 
 def _mine(status: os.stat_result) -> bool:
-    return status.st_uid in (os.getuid(), 0)  # who is not safe from root is not safe at all
+    return status.st_uid in (os.getuid(), 0)  # files of root are trusted
 
 
 def _check_folder(folder: Path) -> None:
     status = folder.stat()
     if not _mine(status) or status.st_mode & stat.S_IWOTH:
         raise LibraryError(
-            f"other users can write to {folder}, and what lies there is run: make it yours alone "
-            "(chown, chmod 700), or set XDG_CACHE_HOME"
+            f"other users can write to {folder}, from which code is loaded: restrict it to your "
+            "account (chown, chmod 700), or set XDG_CACHE_HOME to another folder"
         )
 
 
 @contextlib.contextmanager
 def _lock(cache: Path) -> Iterator[None]:
-    """Held by one process at a time: the others then find what it has compiled."""
+    """Lets one process compile at a time; the others wait and then load its library."""
     with contextlib.ExitStack() as stack:
-        # Not every file system has locks, and a folder that is read only is still read.
+        # Continue without a lock if the file system has none or the folder is read-only.
         with contextlib.suppress(OSError):
             file = stack.enter_context(open(cache / ".lock", "w"))
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -94,7 +99,7 @@ def _lock(cache: Path) -> Iterator[None]:
 
 
 def _remove_leftovers(cache: Path) -> None:
-    """Of compilations that were killed; nobody else compiles while this process has the lock."""
+    """Removes files of killed compilations. Requires the lock, so that none is in progress."""
     for folder in cache.glob(f"{_BUILD}*"):
         shutil.rmtree(folder, ignore_errors=True)
     for file in cache.glob(f"*{PARTIAL}"):
@@ -111,7 +116,7 @@ def _checksum_line(content: bytes, path: Path) -> str:
 
 
 def _fits(path: Path) -> bool:
-    """Whether the library is whole, and this user's own."""
+    """Whether the library matches its checksum and belongs to this user."""
     try:
         with open(path, "rb") as f:
             own, content = _mine(os.fstat(f.fileno())), f.read()
@@ -121,12 +126,12 @@ def _fits(path: Path) -> bool:
 
 
 def _compile(source: Path, command: Sequence[str], flags: Sequence[str], path: Path) -> None:
-    # Not in the system's folder for temporary files, where a killed process would leave it.
+    # In the cache folder, so that _remove_leftovers finds the build folder of a killed process.
     with tempfile.TemporaryDirectory(prefix=_BUILD, dir=path.parent) as folder:
         compiled, linked = os.path.join(folder, "kernels.o"), os.path.join(folder, "kernels.so")
         _run([*command, *flags, "-c", str(source), "-o", compiled])
-        # Linked without -fopenmp, it takes torch's own OpenMP, whose threads are there already:
-        # those of a second one would fight with them.
+        # Linked without -fopenmp, so that the library uses torch's OpenMP runtime and its threads.
+        # The threads of a second runtime would compete with them for the cores.
         _run([*command, "-shared", compiled, "-o", linked])
         content = Path(linked).read_bytes()
     for file in (path, _checksum_file(path)):
@@ -147,10 +152,12 @@ def _run(command: Sequence[str]) -> None:
         subprocess.run(command, check=True, capture_output=True, timeout=_TIMEOUT)
     except FileNotFoundError:
         raise LibraryError(
-            f"there is no C++ compiler {command[0]!r}: install one, or set CXX"
+            f"there is no C++ compiler {command[0]!r}: install one, or set CXX to its path"
         ) from None
     except PermissionError:
-        raise LibraryError(f"the C++ compiler {command[0]!r} (CXX) cannot be run") from None
+        raise LibraryError(
+            f"the C++ compiler {command[0]!r} is not executable: set CXX to another one"
+        ) from None
     except subprocess.TimeoutExpired:
         raise LibraryError(f"the C++ compiler {command[0]!r} took over {_TIMEOUT:g} s") from None
     except subprocess.CalledProcessError as e:

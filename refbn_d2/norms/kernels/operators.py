@@ -1,10 +1,10 @@
-"""The kernels as operators of PyTorch, for everything that looks at operations one by one.
+"""The kernels as PyTorch operators, for tracers, dispatch modes and tensor subclasses.
 
-``torch.ops.refbn_d2`` has an operator for each function of :class:`Kernels`. Dispatch modes,
-tracers (make_fx, torch.export, torch.jit.trace) and tensor subclasses see one operation, for which
-a fake implementation says what comes out and an autograd formula what its gradient is. On the
-memory of a tensor, an operator runs the set of kernels that was made for it. Its arguments need not
-be dense.
+``torch.ops.refbn_d2`` has an operator for each method of :class:`Kernels`. Dispatch modes, tracers
+(make_fx, torch.export, torch.jit.trace) and tensor subclasses see each call as one operation. Its
+fake implementation computes shapes and dtypes of the results; its autograd formula computes the
+gradient. For tensors that have memory, an operator calls the set of kernels for their device.
+Unlike the kernels, an operator also accepts tensors that are not dense.
 """
 
 from typing import Any, Callable, Optional, Tuple
@@ -29,12 +29,12 @@ _FORMULAS = Formulas()
 
 
 class Operators(Kernels):
-    """Each function is one operator; nothing of it is hidden from PyTorch.
+    """A set of kernels where each method calls one PyTorch operator.
 
-    Making one defines the operators, so there is only one.
+    The constructor defines the operators, so it must be called only once per process.
 
     Args:
-        kernels_for: the set of kernels for a tensor that has memory.
+        kernels_for: Function that returns the set of kernels for a tensor that has memory.
     """
 
     name = "operators"
@@ -84,7 +84,7 @@ class Operators(Kernels):
         return self._ops.forward(x, ref_mean, ref_var, weight, bias, pseudo_count, eps)
 
 
-# What the operators do, with the set of kernels for their arguments.
+# Implementations of the operators. Their first argument is the set of kernels to use.
 
 
 def _moments(kernels: Kernels, x: Tensor) -> Tuple[Tensor, ...]:
@@ -131,11 +131,11 @@ def _differentiable_backward(g: Tensor, x: Tensor, *others: Any) -> Tuple[Any, .
     return differentiable_backward(g, x, weight, batch_mean, mean, invstd, share)
 
 
-# What their gradients are: how to save what they need, and the gradients of the arguments.
+# Gradients of the operators: a function that saves tensors, and one that computes the gradients.
 
 
 def _of(formula: Callable[..., Any]) -> Tuple[Callable[..., None], Callable[..., Any]]:
-    """The gradient of ``formula``, which is differentiable as often as that is."""
+    """Derives the gradient from ``formula``; it is differentiable as often as ``formula`` is."""
 
     def save(ctx: Any, inputs: Tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*(v for v in inputs if isinstance(v, Tensor)))

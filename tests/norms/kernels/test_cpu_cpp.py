@@ -63,9 +63,9 @@ def chosen(tmp_path, monkeypatch, caplog):
     [
         (
             {"CXX": "no-such-compiler"},
-            "no C++ compiler 'no-such-compiler': install one, or set CXX",
+            "no C++ compiler 'no-such-compiler': install one, or set CXX to its path",
         ),
-        ({"CXX": "/"}, "the C++ compiler '/' (CXX) cannot be run"),
+        ({"CXX": "/"}, "the C++ compiler '/' is not executable: set CXX to another one"),
         ({"CXX": "false"}, "the C++ compiler 'false' failed: exit status 1"),
         ({"CXX": '"'}, 'CXX=" is not a command: No closing quotation'),
         ({"XDG_CACHE_HOME": "/dev/null"}, "/dev/null/refbn_d2: Not a directory"),
