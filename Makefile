@@ -3,6 +3,7 @@
 # make test-fast    the tests that are not marked slow, in under 90 seconds
 # make lint         ruff: style and formatting
 # make types        mypy
+# make gpu-check    what only a GPU can show: kernels, costs, a verdict; in under 8 minutes
 # make docs         the documentation as a site, in site/; a link that leads nowhere is an error
 # make setup        what all of them do first: .venv with everything, from PyPI
 
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUTPUT ?= output/quickstart
 
-.PHONY: setup quickstart test test-fast lint types docs clean
+.PHONY: setup quickstart test test-fast lint types docs gpu-check clean
 
 setup: $(VENV)/.complete
 
@@ -44,6 +45,9 @@ types: setup
 docs: setup
 	@$(BIN)/python -m mkdocs build --quiet --strict
 	@echo "site/index.html"
+
+gpu-check: setup
+	@$(BIN)/python dev/gpu_check.py --output output/gpu-check
 
 clean:
 	rm -rf $(VENV) build site *.egg-info

@@ -272,16 +272,18 @@ def model_times(
     size: Tuple[int, int],
     opts: Sequence[str],
     repeats: int,
+    keys: Sequence[str] = ("MODEL.RESNETS.NORM",),
 ) -> Dict[str, Dict[str, Any]]:
     """Times whole models, interleaved, each in a process of its own.
 
     Args:
         config: config file of the model.
-        norms: values of MODEL.RESNETS.NORM; the first is what the others are divided by.
+        norms: values of ``keys``; the first is what the others are divided by.
         images: of a training step; inference is of one.
         size: height and width of an image.
         opts: KEY VALUE pairs for all.
         repeats: rounds.
+        keys: of the config, which a norm is set in.
 
     Returns:
         For each norm, for ``step`` and ``inference``: ``median``, ``low``, ``high`` (seconds,
@@ -292,10 +294,9 @@ def model_times(
     children = {
         norm: subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", _CHILD, config, *arguments, *opts]
-            + ["MODEL.RESNETS.NORM", norm],
+            + [word for key in keys for word in (key, norm)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
             text=True,
         )
         for norm in norms
