@@ -32,6 +32,7 @@ class Evaluation:
         replicates: float64 (subsets, len(METRICS)), the AP on each subset of the images.
         images: image id -> AP on that image alone at IoU 0.5, in 0..1; where there is an object or
             a detection.
+        detected_images: number of images with a detection.
         errors: type of error -> what AP at IoU 0.5 would gain without it (Bolya et al. 2020, TIDE).
         calibration: expected calibration error of the scores at IoU 0.5, in percent.
         category_replicates: category id -> float64 (subsets,), AP on each of the first
@@ -43,6 +44,7 @@ class Evaluation:
     precision: np.ndarray
     replicates: np.ndarray
     images: Dict[int, float]
+    detected_images: int
     errors: Dict[str, float]
     calibration: float
     category_replicates: Dict[int, np.ndarray]
@@ -92,6 +94,7 @@ def evaluate(
         },
         precision=_mean_over_categories(precision),
         replicates=_replicates(slices, len(subsets)),
+        detected_images=len({d["image_id"] for d in detections}),
         errors={name: 100 * errors[name] for name in ERRORS},
         calibration=100 * calibration,
         category_replicates=_by_category(gt, found, iou_type, subsets) if per_category else {},

@@ -4,13 +4,13 @@ import hashlib
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Callable, Dict, Hashable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Hashable, List, Optional, Sequence, Set, Tuple
 
 import numpy as np
 
 from ..errors import UserError
 from .ap import METRICS, Evaluation, evaluate
-from .inputs import GroundTruth, load_ground_truth, load_results
+from .inputs import GroundTruth, coverage_warnings, load_ground_truth, load_results
 from .interval import (
     MARGIN,
     Difference,
@@ -181,10 +181,12 @@ def compare(
     halves = half_samples(list(gt.sizes), resamples, seed, clusters)
     groups = _groups(finished, baseline)
     warnings = _check_copies(groups)
+    covered: Dict[str, Set[int]] = {}
     for group in groups.values():
         group.scores = {t: [] for t in iou_types}
         for run in group.runs:
             detections = load_results(run.results, gt, iou_types)
+            covered[f"{group.label}, seed {run.seed}"] = {d["image_id"] for d in detections}
             for iou_type in iou_types:
                 advance(f"{group.label}, seed {run.seed}, {iou_type}")
                 group.scores[iou_type].append(evaluate(gt, detections, iou_type, halves, True))
@@ -202,7 +204,7 @@ def compare(
         margin=margin,
         cluster=cluster,
         units=units,
-        warnings=warnings,
+        warnings=warnings + coverage_warnings(covered, gt),
     )
 
 

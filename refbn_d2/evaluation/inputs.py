@@ -7,7 +7,7 @@ another size is compared all the same), so every entry is checked here, before a
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Collection, Dict, List, Mapping, Sequence, Tuple
 
 from ..errors import UserError
 from ..io.coco import box_problem, is_int, is_number, is_size, masks_problem
@@ -21,6 +21,7 @@ __all__ = [
     "IOU_TYPES",
     "GroundTruth",
     "check_ground_truth",
+    "coverage_warnings",
     "load_ground_truth",
     "load_results",
     "scored_fields",
@@ -29,6 +30,8 @@ __all__ = [
 IOU_TYPES = ("bbox", "segm")
 _MAX_ID = 2**63 - 1
 _MAX_SIDE = 2**24  # pixels
+# Share of the images that the widest results cover from which on others are alike.
+_SIMILAR = 0.9
 
 
 @dataclass(frozen=True)
@@ -206,6 +209,34 @@ def load_results(path: Path, gt: GroundTruth, iou_types: Sequence[str]) -> List[
     if problem:
         raise UserError(f"{path}: entry {with_mask[problem[0]]}: {problem[1]}")
     return content
+
+
+def coverage_warnings(covered: Mapping[str, Collection[int]], gt: GroundTruth) -> List[str]:
+    """What must be said of results that leave out images: COCO counts their objects as missed.
+
+    Args:
+        covered: a run, in words -> ids of the images on which it has detections.
+        gt: the ground truth.
+    """
+    total = len(gt.sizes)
+    widest = max(covered, key=lambda run: len(covered[run]))
+    warnings = []
+    for run, images in covered.items():
+        if not images:
+            warnings.append(f"{run}: no detections at all.")
+            continue
+        own, other = set(images), set(covered[widest])
+        if len(own & other) < len(own | other) / 2:
+            warnings.append(
+                f"{run} and {widest} have detections on different images, {len(own & other)} in "
+                f"common of {len(own | other)}: were they made for the same images of {gt.path}?"
+            )
+        elif len(own) < _SIMILAR * len(other) or len(own) < total / 2:
+            warnings.append(
+                f"{run}: detections on {len(own)} of {total} images; the objects of the others "
+                "count as missed."
+            )
+    return warnings
 
 
 def _named(key: Any) -> str:

@@ -76,6 +76,7 @@ def _run_entry(comparison: Comparison, label: str) -> Dict[str, Any]:
     entry["seeds"] = [
         {
             **_plain(asdict(run)),
+            "images_with_detections": group.scores[comparison.primary][n].detected_images,
             **{t: group.scores[t][n].table for t in comparison.iou_types},
         }
         for n, run in enumerate(group.runs)

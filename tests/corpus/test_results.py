@@ -1,16 +1,28 @@
 """What a report reads: detections, ground truth and run folders. No report, or a whole one."""
 
 import functools
+import html.parser
+import io
 import json
 import math
+import struct
+import zlib
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from refbn_d2.evaluation.comparison import compare
 from refbn_d2.evaluation.report import as_json, check_output, write_report
-from refbn_d2.evaluation.runs import common_ground_truth, find_runs, named_results, training_log
+from refbn_d2.evaluation.runs import (
+    Run,
+    common_ground_truth,
+    find_runs,
+    named_results,
+    training_log,
+)
 from tests.corpus.harness import feed
 from tests.corpus.test_annotations import DROP, anything, changed
 from tests.evaluation import generated
@@ -37,7 +49,7 @@ def report(argv) -> None:
     comparison = compare(runs, gt, ("bbox", "segm"), None, 2, 0)
     as_json(comparison)
     if argv.get("write"):  # takes a second, and cannot meet a bad file any more
-        write_report(comparison, argv["output"], None)
+        write_report(comparison, argv["output"], argv.get("images"))
 
 
 @pytest.fixture(scope="module")
@@ -306,3 +318,110 @@ def test_a_damaged_line_of_metrics_is_left_out(line, tmp_path):
     curves = {}
     assert feed("metrics", "", lambda: curves.update(training_log(path))) is None
     assert curves["total_loss"] == [[19, 1.5], [19, 1.5]]
+
+
+def encoded(kind, width=generated.SIDE, height=generated.SIDE):
+    pixels = np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+def png_header(width, height):
+    """A PNG that claims a size and has no pixels."""
+
+    def chunk(kind, data):
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + check
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(b"")), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 320 320\n%%EndComments\nshowpage\n%%EOF\n"
+# Content of every image, and a word of the note that stands in the pictures' place.
+PICTURES = {
+    **{kind: (encoded(kind), None) for kind in ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF")},
+    "missing": (None, "no such file"),
+    "empty": (b"", "cannot be decoded"),
+    "text": (b"404 not found", "cannot be decoded"),
+    "EPS": (EPS, "cannot be decoded"),
+    "another size": (encoded("PNG", width=50), "320 x 50 pixels"),
+    "bomb": (png_header(60_000, 60_000), "cannot be decoded"),
+    "large": (png_header(12_000, 12_000), "12000 x 12000 pixels"),
+    "no pixels": (png_header(320, 320), "cannot be decoded"),
+    **{
+        f"cut off {kind}": (encoded(kind)[:2000], "cannot be decoded")
+        for kind in ("JPEG", "PNG", "TIFF", "WEBP")
+    },
+}
+
+
+@pytest.mark.parametrize("case", PICTURES)
+def test_pictures(case, tmp_path, truth, found, monkeypatch):
+    def started(*_, **__):
+        raise AssertionError("a program was started")
+
+    monkeypatch.setattr("subprocess.Popen", started)
+    content, word = PICTURES[case]
+    for image in truth["images"] if content is not None else ():
+        (tmp_path / image["file_name"]).write_bytes(content)
+    (tmp_path / "gt.json").write_text(json.dumps(truth))
+    (tmp_path / "a.json").write_text(json.dumps(found))
+    (tmp_path / "b.json").write_text(json.dumps(found[::2]))
+    argv = {
+        "results": [f"BN={tmp_path / 'a.json'}", f"RefBN={tmp_path / 'b.json'}"],
+        "gt": tmp_path / "gt.json", "output": tmp_path / "out", "write": True, "images": tmp_path,
+    }  # fmt: skip
+    assert feed("pictures", "", functools.partial(report, argv)) is None
+    notes = json.loads((tmp_path / "out/report.json").read_text())["notes"]
+    page = (tmp_path / "out/report.html").read_text()
+    if word is None:
+        assert notes == [] and "data:image/jpeg;base64," in page
+    else:
+        assert notes and all(word in note and ".png" in note for note in notes)
+        assert "data:image/" not in page and word in page
+
+
+HTML = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&"
+HOSTILE = {
+    "HTML": HTML, "attribute": '" onload=alert(1) x="', "CDATA": "]]><script>alert(1)</script>",
+    "TeX": r"a $\foo$ b", "half TeX": "x$_$", "rich": "BN [/x]", "rich style": "[red]BN[/red]",
+    "underscore": "_hidden", "lines": "a\nb\r\n# c", "control": "a\x00\x1b]0;x\x07b",
+    "surrogate": "\ud800x", "long": "x" * 5000, "right to left": "\u202eabc", "pipe": "a|b",
+    "backslash": "a\\", "empty": "", "emoji": "🐶", "comment": "<!--", "braces": "{{ 7 * 7 }}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_names(case, tmp_path, truth, found):
+    """As the name of a norm, of a protocol, of a category and as the end of a failed run."""
+    name = HOSTILE[case]
+    named = json.loads(json.dumps(truth))
+    named["categories"][0]["name"] = name
+    (tmp_path / "gt.json").write_text(json.dumps(named))
+    (tmp_path / "a.json").write_text(json.dumps(found))
+    (tmp_path / "b.json").write_text(json.dumps(found[::2]))
+    runs = [
+        Run("BN", 1, tmp_path / "a.json", protocol=name),
+        Run(name or "none", 1, tmp_path / "b.json", protocol=name),
+        Run("X", 1, tmp_path / "x.json", error=f"it ended: {name}"),
+    ]
+    comparison = compare(runs, tmp_path / "gt.json", ("bbox", "segm"), None, 2, 0)
+    write_report(comparison, tmp_path / "out")
+    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    text = (tmp_path / "out/report.md").read_text(encoding="utf-8")
+    for raw in ("<script", "<img src=x", "\x1b", "\u202e"):
+        assert raw not in page and raw not in text
+    parser = html.parser.HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: events.extend(
+        key for key, _ in attributes if key.startswith("on")
+    )
+    events: list = []
+    parser.feed(page)
+    assert events == []
+    assert case != "braces" or name in page
+    content = json.loads((tmp_path / "out/report.json").read_text())
+    assert content["failed"][0]["error"] == f"it ended: {name}"
+    assert name in content["categories"]["BN"]["bbox"]

@@ -6,7 +6,7 @@ import pytest
 
 from refbn_d2.errors import UserError
 from refbn_d2.evaluation.ap import evaluate
-from refbn_d2.evaluation.inputs import load_ground_truth, load_results
+from refbn_d2.evaluation.inputs import coverage_warnings, load_ground_truth, load_results
 from tests.evaluation import generated
 
 IOU_TYPES = ("bbox", "segm")
@@ -146,6 +146,16 @@ def test_fields_that_do_not_matter_may_be_anything(content, write):
     score = evaluate(gt, generated.detections(content) + found, "segm").table["AP"]
     same = reference_ap(content, generated.detections(content) + [entry()])
     assert score == pytest.approx(same, abs=1e-9)
+
+
+def test_results_that_leave_out_images_are_counted(gt):
+    every = set(gt.sizes)
+    assert coverage_warnings({"A": every, "B": every - {1}}, gt) == []
+    (half,) = coverage_warnings({"A": every, "B": set(range(1, 16))}, gt)
+    assert half.startswith("B: detections on 15 of 25 images")
+    (apart,) = coverage_warnings({"A": set(range(1, 24)), "B": {24, 25}}, gt)
+    assert "B and A have detections on different images, 0 in common of 25" in apart
+    assert coverage_warnings({"A": every, "B": set()}, gt) == ["B: no detections at all."]
 
 
 def reference_ap(content, found):
