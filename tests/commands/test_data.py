@@ -1,0 +1,95 @@
+"""refbn-d2 data: what add writes trains by its name, and show draws it."""
+
+import json
+import re
+import sys
+
+import pytest
+import tiny
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from refbn_d2.commands import data
+from refbn_d2.config import load_config
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path, capfd):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["refbn-d2 data", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            data.main()
+        except SystemExit as e:
+            return e.code, capfd.readouterr().err
+        return 0, capfd.readouterr().out
+
+    yield run
+    for name in ("mine_train", "mine_val"):
+        for catalog in (DatasetCatalog, MetadataCatalog):
+            if name in catalog.list():
+                catalog.remove(name)
+
+
+@pytest.fixture
+def files(tiny_data):
+    coco = tiny_data / "coco"
+    return [
+        *("--json", coco / "annotations/instances_train2017.json", "--images", coco / "train2017"),
+        "--val-json",
+        *(coco / "annotations/instances_val2017.json", "--val-images", coco / "val2017"),
+    ]
+
+
+def test_add_then_show_then_train(command, files, train_net, tmp_path):
+    status, out = command("add", "mine", *files, "--base", tiny.CONFIG)
+    assert status == 0 and "mine_train: 12 images, 24 objects" in out and "person" in out
+    cfg = load_config("mine.yaml")
+    assert cfg.DATASETS.TRAIN == ("mine_train",) and cfg.DATASETS.TEST == ("mine_val",)
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == cfg.MODEL.RETINANET.NUM_CLASSES == 80
+    assert cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon"
+
+    assert command("show", "mine", "--output", "page.html", "--samples", 2)[0] == 0
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 2 * 2 and "mine_val: 3 images" in page
+
+    small = {
+        k: v for k, v in tiny.SMALL.items() if not k.startswith(("DATASETS", "MODEL.ROI_HEADS.N"))
+    }
+    options = [x for pair in small.items() for x in pair]
+    result = train_net("--config-file", "mine.yaml", *options, "OUTPUT_DIR", tmp_path / "out")
+    assert result.status == 0, result.err
+    assert (tmp_path / "out/inference/coco_instances_results.json").exists()
+
+
+def test_names_in_the_data_are_text(command, files, tmp_path):
+    content = json.loads(files[1].read_text())
+    content["categories"][0]["name"] = "<script>alert(1)</script>"
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    assert command("add", "mine", "--json", "a.json", *files[2:4])[0] == 0
+    assert command("show", "mine", "--output", "page.html", "--samples", 1)[0] == 0
+    assert not re.search("<script", (tmp_path / "page.html").read_text())
+
+
+def test_mistakes_are_one_line_and_write_nothing(command, files, tmp_path):
+    for arguments, expected in [
+        (["--json", "nowhere.json", *files[2:4]], "nowhere.json: no such file"),
+        ([*files[:2], "--images", "nowhere"], "nowhere: no such folder"),
+        ([*files[:4], *files[4:6]], "belong together"),
+    ]:
+        status, err = command("add", "mine", *arguments)
+        assert status == 1 and expected in err and err.startswith("error: ")
+        assert not (tmp_path / "mine.yaml").exists()
+    other = json.loads(files[5].read_text())
+    other["categories"][0]["name"] = "another"
+    (tmp_path / "b.json").write_text(json.dumps(other))
+    status, err = command("add", "mine", *files[:4], "--val-json", "b.json", *files[6:])
+    assert (
+        status == 1
+        and "are not those of" in err
+        and "another, person" in err
+        and not (tmp_path / "mine.yaml").exists()
+    )
+    status, err = command("show", "nothing", "--output", "page.html")
+    assert status == 1 and "neither a data set" in err
