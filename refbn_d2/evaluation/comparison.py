@@ -180,7 +180,7 @@ def compare(
     clusters = _clusters(gt, cluster) if cluster else None
     halves = half_samples(list(gt.sizes), resamples, seed, clusters)
     groups = _groups(finished, baseline)
-    warnings = _check_copies(groups)
+    warnings = _check_copies(groups) + _shared_pretraining(finished)
     covered: Dict[str, Set[int]] = {}
     for group in groups.values():
         group.scores = {t: [] for t in iou_types}
@@ -206,6 +206,18 @@ def compare(
         units=units,
         warnings=warnings + coverage_warnings(covered, gt),
     )
+
+
+def _shared_pretraining(runs: Sequence[Run]) -> List[str]:
+    """What intervals leave out where runs of all seeds start from one pretraining."""
+    seeds = sorted({r.pretraining_seed for r in runs if r.pretraining_seed is not None})
+    if not seeds:
+        return []
+    named = ", ".join(map(str, seeds))
+    return [
+        f"Runs of all seeds start from one pretraining (seed {named}): verdicts are about "
+        "detectors that start from it. Intervals leave out what another pretraining would change."
+    ]
 
 
 def _clusters(gt: GroundTruth, name: str) -> List[Hashable]:

@@ -26,6 +26,7 @@ class Run:
         ims_per_batch: images a batch, if known.
         grouping: how far batches are from i.i.d., 0 (i.i.d.) to 1, if known.
         protocol: how norms are compared, in words, if there is more than one way.
+        pretraining_seed: SEED of the pretraining that runs of all seeds share, if they share one.
         log: detectron2's metrics.json, if any.
         gt, image_root: as the run folder names them.
         error: why there are no results, or ''.
@@ -37,6 +38,7 @@ class Run:
     ims_per_batch: Optional[int] = None
     grouping: Optional[float] = None
     protocol: Optional[str] = None
+    pretraining_seed: Optional[int] = None
     log: Optional[Path] = None
     gt: Optional[Path] = None
     image_root: Optional[Path] = None
@@ -133,6 +135,7 @@ def _read_run(file: Path) -> Run:
         ims_per_batch=field("ims_per_batch", int),
         grouping=grouping,
         protocol=field("protocol", str),
+        pretraining_seed=field("pretraining_seed", int),
         log=log if log.exists() else None,
         error=error,
         **paths,

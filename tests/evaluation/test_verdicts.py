@@ -1,6 +1,7 @@
 """What a report says about two norms, and that it says no more than the interval does."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -134,6 +135,14 @@ def test_clusters_come_from_a_field_of_the_images(files):
     assert plain.units == 12 and "use --cluster video" in model_text(plain)
     with pytest.raises(UserError, match="no field 'group'"):
         compare(runs, files["gt"], ["bbox"], None, 20, 0, cluster="group")
+
+
+def test_a_shared_pretraining_is_said(files):
+    runs = named_results([f"A={files['a']},{files['b']}", f"B={files['c']},{files['d']}"])
+    assert compare(runs, files["gt"], ["bbox"], None, 20, 0).warnings == []
+    shared = [replace(run, pretraining_seed=7) for run in runs]
+    (sentence,) = compare(shared, files["gt"], ["bbox"], None, 20, 0).warnings
+    assert "(seed 7)" in sentence and "Intervals leave out" in sentence
 
 
 def test_one_result_under_two_names(files, write):
