@@ -1,4 +1,4 @@
-"""Random numbers that depend on what they are for and not on what was drawn before."""
+"""Random numbers that depend on their purpose and not on the numbers drawn before."""
 
 import random
 from contextlib import contextmanager
@@ -11,17 +11,17 @@ __all__ = ["derived_seed", "forked_rng", "seed_rng"]
 
 
 def derived_seed(*key: int) -> int:
-    """A seed in [0, 2**32) for each sequence of whole numbers >= 0, as if drawn at random."""
-    # Without its length a key would be that of one with zeros behind it.
+    """Hashes integers >= 0 to a seed in [0, 2**32)."""
+    # SeedSequence ignores trailing zeros. The length makes (1,) and (1, 0) different keys.
     return int(np.random.SeedSequence((len(key), *key)).generate_state(1)[0])
 
 
 def seed_rng(seed: int) -> None:
-    """Seeds torch, NumPy and ``random`` of this process, and its GPU if it uses one."""
+    """Seeds torch, NumPy and ``random`` of this process, and its GPU if CUDA is initialized."""
     random.seed(seed)
     np.random.seed(seed)
-    # Not torch.manual_seed: where CUDA has not started, that queues a call for when it does, with
-    # the stack as text. It would take 0.7 ms of each image, and memory that never comes back.
+    # Not torch.manual_seed: before CUDA is initialized, each call appends a deferred call with a
+    # stack trace to a list. That would take 0.7 ms per image, and memory that is never freed.
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(seed)
@@ -29,10 +29,10 @@ def seed_rng(seed: int) -> None:
 
 @contextmanager
 def forked_rng(seed: int) -> Iterator[None]:
-    """Seeds torch, NumPy and ``random``, and puts their states back when the block ends."""
+    """Context manager that seeds torch, NumPy and ``random``, and restores their states at exit."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    # This process's device only: asking for another one's state would take memory on it. A data
-    # loader's worker has none.
+    # Only the current device: querying the state of another device would allocate memory there.
+    # CUDA is not initialized in the workers of a data loader.
     gpu_state = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     seed_rng(seed)
     try:

@@ -1,3 +1,3 @@
-"""Running a model over batches to set statistics: the reference, the inference statistics."""
+"""Runs a model over batches to set the reference or the inference statistics."""
 
-from .. import upstream  # noqa: F401  (says so if detectron2 is missing)
+from .. import upstream  # noqa: F401  (raises a clear error if detectron2 is missing)

@@ -1,4 +1,4 @@
-"""Inference statistics recomputed with fixed weights (Algorithm 3, lines 8-9)."""
+"""Recomputes the inference statistics with fixed weights (Algorithm 3, lines 8-9)."""
 
 import itertools
 from typing import Any, Dict, Iterable, List, Tuple
@@ -15,7 +15,7 @@ __all__ = ["recompute_statistics"]
 
 
 def _norms(model: nn.Module) -> List[nn.Module]:
-    """The norms whose running statistics only inference uses; BRN's also steer its training."""
+    """The norms whose running statistics are used in inference only. BRN also trains with them."""
     return [
         m
         for m in model.modules()
@@ -29,32 +29,36 @@ def _norms(model: nn.Module) -> List[nn.Module]:
 def recompute_statistics(
     model: nn.Module, batches: Iterable[Any], num_batches: int, plain: bool = False
 ) -> int:
-    """Sets running_mean and running_var to averages over training batches with the weights as is.
+    """Sets running_mean and running_var to averages over training batches, with fixed weights.
 
-    E[x] = E_B[mu], Var[x] = E_B[n / (n - 1) var_B], each batch weighing the same, on all processes
-    together. mu and var are what the norm's own training uses: the mixed ones for RefBN. (fvcore's
-    PreciseBN takes back a Bessel correction of the whole variance, which mixed statistics do not
-    have.) Weights, training flags, momenta, step counts and random states are as before.
+    E[x] = E_B[mu] and Var[x] = E_B[n / (n - 1) var_B], where all batches of all processes have the
+    same weight. mu and var are the statistics by which the norm normalizes in training, for RefBN
+    the mixed ones. (fvcore's PreciseBN is not used, because it undoes a Bessel correction of the
+    whole variance; in mixed statistics only the batch variance has one.) Weights, training flags,
+    momenta, step counts and random states are restored.
 
     Args:
-        model: Its norms that derive from BatchNorm are recomputed; a layer that no batch reaches is
-            left alone. Parts of a model in training mode that the user holds in evaluation mode
-            stay so, with their statistics. A model in evaluation mode runs in training mode here.
-        batches: model inputs; ``num_batches`` of them are taken on every process.
-        num_batches: >= 1.
-        plain: for comparison only: average the batches' own statistics although RefBN normalizes
-            them by the mixed ones.
+        model: Model whose norms that derive from BatchNorm are recomputed. A layer that no batch
+            reaches keeps its statistics. If the model is in training mode, parts that the caller
+            has put in evaluation mode stay in it and keep their statistics. If the model is in
+            evaluation mode, the whole model runs in training mode here.
+        batches: Model inputs; ``num_batches`` of them are used on every process.
+        num_batches: Number of batches per process, >= 1.
+        plain: Whether to average the batch statistics instead of the mixed ones. For comparison
+            only, because RefBN does not normalize by them in training.
 
     Returns:
         Number of layers recomputed.
 
     Raises:
-        ValueError: ``num_batches`` < 1, or a norm's reference is not captured.
+        ValueError: If ``num_batches`` < 1, or if a norm has no reference.
     """
     if num_batches < 1:
         raise ValueError(f"num_batches must be >= 1, got {num_batches}")
     if not all(m.has_reference for m in model.modules() if isinstance(m, ReferenceNorm2d)):
-        raise ValueError("the model has norms without a reference; capture one first")
+        raise ValueError(
+            "the model has norms without a reference; call capture_reference(model, batch) first"
+        )
     training = {m: m.training for m in model.modules()}
     held = set() if not model.training else {m for m, mode in training.items() if not mode}
     norms = [m for m in _norms(model) if m not in held]

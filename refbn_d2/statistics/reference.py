@@ -1,4 +1,4 @@
-"""Capturing the reference batch of a detectron2 model, on any number of processes."""
+"""Captures the reference of a detectron2 model, on any number of processes."""
 
 import logging
 from contextlib import contextmanager
@@ -23,15 +23,15 @@ logger = logging.getLogger(__name__)
 
 
 def reference_layers(model: nn.Module) -> Dict[str, ReferenceNorm2d]:
-    """The layers of ``model`` that hold a reference, by name."""
+    """Returns the norms of ``model`` that can hold a reference, by name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, ReferenceNorm2d)}
 
 
 class _OrderFreeRandperm(TorchFunctionMode):
-    """Makes torch.randperm(n) a function of n alone.
+    """Makes the result of torch.randperm(n) depend on the seed and n only.
 
-    R-CNNs subsample anchors and proposals image by image with it. From one random stream the
-    sample of an image would depend on how many images its process has drawn for before.
+    R-CNNs use randperm to sample anchors and proposals of each image. With one random stream, the
+    sample for an image would depend on the images that the same process handled before it.
     """
 
     def __init__(self, seed: int):
@@ -41,7 +41,7 @@ class _OrderFreeRandperm(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is torch.randperm:
-            # Drawn on the CPU: the device must not matter either.
+            # Drawn on the CPU, so that the result does not depend on the device.
             device = kwargs.pop("device", None)
             generator = torch.Generator().manual_seed(self._seed)
             return func(*args, **{**kwargs, "generator": generator}).to(device)
@@ -50,9 +50,10 @@ class _OrderFreeRandperm(TorchFunctionMode):
 
 @contextmanager
 def _padded_to(height: int, width: int) -> Iterator[None]:
-    """Makes ImageList pad as if an image of height x width were in every batch.
+    """Makes ImageList pad every batch as if it contained an image of height x width.
 
-    Padding enters the statistics; images split over processes must get the same.
+    The padding affects the statistics, so it must not depend on how images are split over
+    processes.
     """
     from_tensors = ImageList.from_tensors
 
@@ -68,32 +69,32 @@ def _padded_to(height: int, width: int) -> Iterator[None]:
 def capture_reference(
     model: nn.Module, batch: List[Dict[str, Any]], seed: int = 0
 ) -> Dict[str, Dict[str, float]]:
-    """Takes the reference of every reference norm of ``model`` from one batch (eq. 11-12).
+    """Sets the reference of every reference norm of ``model`` from one batch (eq. 11-12).
 
-    One forward pass without gradients, each module in the mode it is in; see
-    :func:`refbn_d2.norms.capture`. In an R-CNN in training mode it includes proposals, the sampling
-    of RoIs and the RoI heads. Neither the model (but for its references) nor any random state is
-    changed.
+    This runs one forward pass without gradients; each module keeps its mode. See
+    :func:`refbn_d2.norms.capture`. In an R-CNN in training mode the pass includes proposals, the
+    sampling of RoIs and the RoI heads. Only the references change: the rest of the model and all
+    random states are restored.
 
-    With several processes every process must call this with the *same whole* batch. The images are
-    split over them, the statistics are combined exactly, and every process ends with the same
-    reference, bit for bit. It is the one that a single process takes from the whole batch, to
-    rounding.
+    With several processes, every process must call this function with the *same whole* batch. The
+    images are split over the processes, the statistics are combined exactly, and all processes get
+    bitwise identical references. They equal those that one process would take from the whole
+    batch, up to rounding.
 
     Args:
-        model: as given to the trainer; a DistributedDataParallel wrapper is taken off.
-        batch: what the training loader yields, a list of dicts with "image", (C, H, W).
-        seed: of the sampling in the forward pass.
+        model: Model, with or without a DistributedDataParallel wrapper.
+        batch: Batch of the training loader, a list of dicts with "image" of shape (C, H, W).
+        seed: Seed of the sampling in the forward pass.
 
     Returns:
-        Per layer that took a reference: ``count`` (elements per channel), ``mean`` and ``var``
-        (averages over channels).
+        For each layer that took a reference, by name: ``count`` (number of elements per channel),
+        and ``mean`` and ``var`` (averages over channels).
 
     Raises:
-        ValueError: ``batch`` is empty.
+        ValueError: If ``batch`` is empty, or if a layer saw only one value per channel.
     """
     if not batch:
-        raise ValueError("the reference batch is empty")
+        raise ValueError("the reference batch is empty: pass at least one image")
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
     layers = reference_layers(model)
@@ -102,14 +103,14 @@ def capture_reference(
     world_size, rank = comm.get_world_size(), comm.get_rank()
     sizes = [d["image"].shape[-2:] for d in batch]
     height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
-    # Fewer images than processes: the rest receive the result.
+    # If there are fewer images than processes, the remaining processes only receive the result.
     num_active = min(len(batch), world_size)
     group = dist.new_group(list(range(num_active))) if num_active < world_size else None
     gather = all_gather(group) if world_size > 1 else None
     taken = []
     if rank < num_active:
         with forked_rng(seed), _OrderFreeRandperm(seed), _padded_to(height, width):
-            # R-CNNs log statistics of each pass, and must be able to; this one is no training step.
+            # R-CNNs log to the current EventStorage. This one keeps the pass out of training's log.
             with EventStorage(), capture(model, gather) as taken:
                 model(batch[rank::num_active])
     if group is not None and rank < num_active:
