@@ -1,1 +1,1 @@
-"""Files that are read and written safely: YAML and whole files. Knows no model and no torch."""
+"""Safe reading and writing of files: YAML, JSON, images, atomic writes, locks. Without torch."""

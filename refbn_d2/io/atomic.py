@@ -1,4 +1,4 @@
-"""Writing files that are whole at every moment, whatever ends the process or the machine."""
+"""Atomic writing of files: after a crash a file has its old or its new content, never a part."""
 
 import os
 from contextlib import contextmanager, suppress
@@ -11,14 +11,14 @@ PARTIAL = ".partial"
 
 @contextmanager
 def atomic_write(path: str, mode: str = "w") -> Iterator[IO]:
-    """Opens a file that takes the place of ``path`` when the block ends: whole, and on the disk.
+    """Opens a temporary file that replaces ``path`` at the end of the block, synced to the disk.
 
-    Until then, and if the block raises, what was at ``path`` stays. A process that is killed leaves
-    its half of the file under the name ``path`` + PARTIAL.
+    If the block raises an exception, the old file at ``path`` remains. If the process is killed,
+    the old file remains too, and the incomplete new one is left at ``path`` + PARTIAL.
 
     Args:
-        path: of a local file.
-        mode: "w" or "wb".
+        path: Path of a local file.
+        mode: File mode, "w" or "wb".
     """
     partial = path + PARTIAL
     try:
@@ -31,7 +31,7 @@ def atomic_write(path: str, mode: str = "w") -> Iterator[IO]:
         with suppress(OSError):
             os.unlink(partial)
         raise
-    # The new name is on the disk once its folder is.
+    # The rename is only on the disk once the folder is synced.
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -1,8 +1,8 @@
-"""What boxes and masks in COCO format may be; the libraries that read them do not ask.
+"""Checks of boxes and masks in COCO format, which the libraries that read them do not make.
 
-pycocotools allocates as many points as an outline is long and writes past the end of a mask whose
-runs do not add up; detectron2 drops polygons that it cannot use; a NaN ends a training run hours
-after the file was read.
+pycocotools allocates memory in proportion to the length of an outline, and writes beyond the end of
+a mask whose runs have the wrong sum. detectron2 silently drops invalid polygons. A NaN may stop a
+training run hours after the file was read.
 """
 
 import sys
@@ -14,31 +14,31 @@ from .rle import rle_problem
 
 __all__ = ["box_problem", "is_int", "is_number", "is_size", "masks_problem"]
 
-# Pixels along the outline of one polygon. pycocotools takes 40 bytes for each.
+# Maximum length of the outline of one polygon in pixels. pycocotools needs 40 bytes per pixel.
 _MAX_OUTLINE = 10_000_000
 
 
 def is_int(value: Any) -> bool:
-    """Whether ``value`` is an integer, and no boolean."""
+    """Whether ``value`` is an integer but not a boolean."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
-    """Whether ``value`` is a finite number, and no boolean."""
+    """Whether ``value`` is a finite number but not a boolean."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return False
     return abs(value) <= sys.float_info.max
 
 
 def is_size(value: Any, size: Tuple[int, int]) -> bool:
-    """Whether ``value`` is the [height, width] of an image of ``size``, in integers."""
+    """Whether ``value`` is a list of two integers, [height, width], equal to ``size``."""
     return isinstance(value, list) and value == list(size) and all(map(is_int, value))
 
 
 def box_problem(box: Any) -> str:
-    """Why ``box`` is no [x, y, width, height] in pixels, or ''.
+    """Returns why ``box`` is not a valid [x, y, width, height] in pixels, or '' if it is valid.
 
-    x and y may be negative: a box may reach over the image's edge, and COCO evaluates it so.
+    x and y may be negative, because COCO also evaluates boxes that extend beyond the image.
     """
     if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
         return f"bbox {_short(box)} is not four finite numbers"
@@ -55,15 +55,16 @@ def _short(value: Any) -> str:
 def masks_problem(
     masks: Sequence[Any], sizes: Sequence[Tuple[int, int]]
 ) -> Optional[Tuple[int, str]]:
-    """The first mask that does not fit its image.
+    """Finds the first mask that is invalid or does not fit its image.
 
     Args:
-        masks: polygons, [[x, y, x, y, ...], ...] in pixels, or RLE, {"size": [h, w], "counts": ...}
-            with compressed text or bytes, or a list of runs.
-        sizes: (height, width) of the image of each, in pixels.
+        masks: Masks as polygons, [[x, y, x, y, ...], ...] in pixels, or as RLE,
+            {"size": [h, w], "counts": ...}, where counts is a list of runs or compressed (str or
+            bytes).
+        sizes: (height, width) of each mask's image, in pixels.
 
     Returns:
-        (index, sentence), or None if every mask is sound.
+        (index of the mask, description of the problem), or None if every mask is valid.
     """
     compressed = []
     for n, (mask, size) in enumerate(zip(masks, sizes)):
@@ -82,7 +83,7 @@ def _polygons_problem(polygons: List[Any]) -> str:
     for polygon in polygons:
         if not isinstance(polygon, list):
             return f"segmentation {_short(polygons)} is not a list of polygons"
-        if len(polygon) < 4 or len(polygon) % 2:  # two points are a box, says COCO
+        if len(polygon) < 4 or len(polygon) % 2:  # COCO reads two points as a box
             return f"polygon {_short(polygon)} is not x, y, x, y, ..."
         try:
             total, extent = float(sum(polygon)), float(max(polygon) - min(polygon))
@@ -90,9 +91,9 @@ def _polygons_problem(polygons: List[Any]) -> str:
             total = None
         if not is_number(total):
             return f"polygon {_short(polygon)} is not all finite numbers"
-        # Cheap, and enough for nearly all.
+        # The cheap upper bound comes first; it is small enough for nearly all polygons.
         if len(polygon) * extent > _MAX_OUTLINE and _outline(polygon) > _MAX_OUTLINE:
-            return f"polygon {_short(polygon)} is longer than any outline"
+            return f"polygon {_short(polygon)} has an outline longer than {_MAX_OUTLINE} pixels"
     return ""
 
 

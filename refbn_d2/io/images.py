@@ -1,4 +1,4 @@
-"""Reading image files whose content nobody has checked."""
+"""Reading of untrusted image files."""
 
 import struct
 import zlib
@@ -12,10 +12,10 @@ from ..errors import UserError
 
 __all__ = ["read_rgb"]
 
-# By content, whatever the file's name says. Pillow decodes these itself; for others, EPS for one,
-# it would start a program.
+# Pillow recognizes formats by content, not by the file's name. It decodes these formats itself; for
+# others, such as EPS, it would start a program.
 _FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
-# What Pillow's decoders raise on damaged files.
+# Exceptions that Pillow's decoders raise on damaged files.
 _DAMAGED = (
     OSError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, SyntaxError,
     MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
@@ -23,20 +23,20 @@ _DAMAGED = (
 
 
 def read_rgb(path: Path, size: Tuple[int, int]) -> np.ndarray:
-    """The pixels of an image file, turned as its EXIF orientation says.
+    """Reads an image file and rotates it according to its EXIF orientation.
 
     Args:
-        path: of a JPEG, PNG, BMP, TIFF, WebP, GIF or PPM file.
-        size: (height, width) in pixels that the image must have. It is compared before the pixels
-            are decoded, so that a small file cannot ask for much memory.
+        path: Path of a JPEG, PNG, BMP, TIFF, WebP, GIF or PPM file.
+        size: Expected (height, width) in pixels. It is compared before the pixels are decoded, so
+            that a small file cannot cause a large allocation.
 
     Returns:
-        uint8 (height, width, 3).
+        RGB pixels, uint8, of shape (height, width, 3).
 
     Raises:
-        UserError: the file cannot be read or decoded, or has another size.
+        UserError: If the file cannot be read or decoded, or has another size.
     """
-    if not path.is_file():  # missing, or a pipe that might have no end
+    if not path.is_file():  # missing, or a pipe that may never end
         raise UserError(f"{path}: no such file")
     try:
         with Image.open(path, formats=_FORMATS) as image:

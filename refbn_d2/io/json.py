@@ -1,4 +1,4 @@
-"""Reading JSON files, with errors that name the file."""
+"""Reading of JSON files, with errors that name the file."""
 
 import json
 from pathlib import Path
@@ -10,12 +10,16 @@ __all__ = ["read_json"]
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file; UserError if there is none."""
+    """Returns the content of a JSON file.
+
+    Raises:
+        UserError: If the file is missing, unreadable, empty or not valid JSON.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError) as e:  # not UTF-8, or no possible name
+    except (OSError, ValueError) as e:  # ValueError: not UTF-8, or an invalid path
         raise UserError(f"{path}: cannot be read ({e})") from None
     if not text.strip():
         raise UserError(f"{path}: the file is empty")

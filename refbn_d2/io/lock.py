@@ -1,4 +1,4 @@
-"""A folder has one writer at a time."""
+"""Locks that allow one process at a time to write to a folder."""
 
 import errno
 import fcntl
@@ -13,40 +13,43 @@ from ..errors import UserError
 __all__ = ["folder_lock", "holder"]
 
 FILE = ".lock"
-# Of file systems that have no locks.
+# Errors of file systems without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextmanager
 def folder_lock(folder: Path, name: str = FILE, wait: bool = False) -> Iterator[None]:
-    """Keeps other processes from writing to a folder while the block runs.
+    """Context manager that locks a folder against other processes that call it.
 
-    The kernel holds the lock for this process, so it ends with the process, however that ends; the
-    file that is left behind means nothing. Processes that this one starts do not hold it.
+    The operating system releases the lock when this process ends, also when it is killed. The lock
+    file stays and has no meaning by itself. Child processes do not inherit the lock.
 
     Args:
-        folder: made if needed. A file system without locks is used without one.
-        name: of the file that is locked in it, for a lock on a part of the folder.
-        wait: whether to wait for another process that has it.
+        folder: Folder to lock; created if it does not exist. If its file system has no locks, the
+            block runs without one.
+        name: Name of the lock file in the folder. Another name locks a part of the folder.
+        wait: Whether to wait while another process has the lock.
 
     Raises:
-        UserError: another process has the folder and is not waited for, or it cannot be written.
+        UserError: If another process has the lock and ``wait`` is False, or if the folder cannot be
+            written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Not truncated: the file names the process that has the lock, until this one has it.
+        # Do not truncate the file yet: it names the process that has the lock.
         file = open(os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o666), "r+")
     except OSError as e:
         raise UserError(f"{folder} cannot be written: {e.strerror}; choose another folder") from e
-    # lockf and not flock: a lock by flock would pass to forked workers, which may live on after a
-    # kill. Closing any other file object of this path would end it, hence `holder` is for others'.
+    # lockf and not flock: forked workers would inherit a lock by flock, and they may outlive a
+    # killed parent. A lock by lockf ends as soon as this process closes any file object of this
+    # path, so `holder` must not be called for a folder that this process has locked.
     with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as e:
             if e.errno not in _NO_LOCKS:
                 raise UserError(
-                    f"{folder} is in use by {_name(file.read())}: wait for its end, end it, or "
+                    f"{folder} is in use by {_name(file.read())}: wait until it ends, stop it, or "
                     "choose another folder"
                 ) from None
         file.seek(0)
@@ -57,9 +60,9 @@ def folder_lock(folder: Path, name: str = FILE, wait: bool = False) -> Iterator[
 
 
 def holder(folder: Path) -> Optional[str]:
-    """The process that has a folder, in words, or None.
+    """Returns a description of the process that has locked a folder, or None.
 
-    Not for a folder that this process has itself: looking would end its lock.
+    Do not call this for a folder that this process has locked: it would release the lock.
     """
     try:
         with open(folder / FILE, "r+") as file:
@@ -67,7 +70,7 @@ def holder(folder: Path) -> Optional[str]:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as e:
                 return None if e.errno in _NO_LOCKS else _name(file.read())
-    except OSError:  # nobody has been there, or nobody may write
+    except OSError:  # no lock file, or the folder is read-only
         pass
     return None
 

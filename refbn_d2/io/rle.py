@@ -1,4 +1,4 @@
-"""Checks compressed COCO run-length masks, many at once."""
+"""Vectorized checks of compressed COCO run-length masks."""
 
 from typing import Optional, Sequence, Tuple
 
@@ -6,24 +6,25 @@ import numpy as np
 
 __all__ = ["rle_problem"]
 
-_CHUNK = 5000  # masks at once: bounds the memory of a val-sized file
+_CHUNK = 5000  # number of masks per step, which limits the memory for large files
 
 
 def rle_problem(
     counts: Sequence[str], sizes: Sequence[Tuple[int, int]]
 ) -> Optional[Tuple[int, str]]:
-    """The first mask whose runs do not add up to its image.
+    """Finds the first mask whose runs do not have the sum height * width of its image.
 
-    pycocotools decodes such a mask into whatever the buffer holds. COCO writes a run as base-32
-    digits, lowest first, one character a digit (ASCII 48 + digit, + 32 if more follow; bit 16 of
-    the last one is the sign), and from the fourth run on as the difference to the run two before.
+    pycocotools would decode such a mask into uninitialized or foreign memory. COCO writes a run as
+    base-32 digits, lowest digit first, one character per digit: ASCII code 48 + digit, plus 32 if
+    more digits follow. The bit with value 16 of the last digit is the sign. From the fourth run on,
+    the number is the difference to the run two positions before.
 
     Args:
-        counts: the ``counts`` strings.
-        sizes: (height, width) of each, in pixels.
+        counts: ``counts`` strings of the masks.
+        sizes: (height, width) of each mask's image, in pixels.
 
     Returns:
-        (index, sentence), or None if every mask is sound.
+        (index of the mask, description of the problem), or None if every mask is valid.
     """
     for begin in range(0, len(counts), _CHUNK):
         chunk = slice(begin, begin + _CHUNK)
@@ -71,11 +72,18 @@ def _chunk_problem(counts, sizes) -> Optional[Tuple[int, str]]:
 
 
 def _undo_differences(values: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Runs from stored values, (n,) -> (n,); ``order`` is the place of each within its mask.
+    """Computes the runs from the stored values of many masks.
 
-    Runs 1, 3, 5, ... of a mask are one chain of differences, runs 2, 4, 6, ... another; run 0
-    stands alone. A running sum over all chains laid end to end, less its value where the chain
-    began, undoes them all at once.
+    Runs 1, 3, 5, ... of a mask are one chain of differences, runs 2, 4, 6, ... another; run 0 is in
+    no chain. The cumulative sum over all chains in a row, minus its value before the start of each
+    chain, is the cumulative sum of every chain.
+
+    Args:
+        values: Stored values, shape (n,).
+        order: Position of each value within its mask, shape (n,).
+
+    Returns:
+        Runs, shape (n,).
     """
     runs = values.copy()
     for parity in (1, 0):

@@ -1,4 +1,4 @@
-"""Reading YAML as data: no code in it runs, and its size is what it looks like."""
+"""Safe reading of YAML: it cannot run code, and its expanded size is limited."""
 
 import math
 import os
@@ -12,14 +12,14 @@ from ..errors import UserError
 __all__ = ["read"]
 
 _MAX_CHARACTERS = 1_000_000
-# With every alias in place of what it stands for; nested ones grow exponentially.
+# Number of values after the expansion of aliases. Nested aliases grow exponentially.
 _MAX_VALUES = 100_000
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader without numbers to the base of 60, as in YAML 1.2: 1:30 is text.
+    """SafeLoader that reads 1:30 as text, as YAML 1.2 does, and not as a base-60 number.
 
-    PyYAML takes quadratic time for them.
+    PyYAML needs quadratic time for base-60 numbers.
     """
 
 
@@ -78,24 +78,31 @@ _Loader.add_constructor("tag:yaml.org,2002:python/object/apply:eval", _construct
 
 
 def read(path: str) -> Any:
-    """The content of a YAML file: dicts, lists, text, numbers, booleans, dates and None.
+    """Reads a YAML file into dicts, lists, strings, numbers, booleans, dates and None.
+
+    Args:
+        path: Path of the file.
 
     Raises:
-        UserError: the file is missing, not plain YAML (tags of Python objects included), or larger
-            than anybody would write.
+        UserError: If the file is missing, is not plain YAML (tags of Python objects are an error),
+            or exceeds the size limits of a config.
     """
     try:
-        # A device or a pipe might have no end.
+        # Excludes devices and pipes, which may never end.
         if not os.path.isfile(path):
             raise UserError(f"{path}: no such file")
         with open(path, encoding="utf-8") as f:
             text = f.read(_MAX_CHARACTERS + 1)
         if len(text) > _MAX_CHARACTERS:
-            raise UserError(f"{path}: is no config, it has more than {_MAX_CHARACTERS} characters")
+            raise UserError(
+                f"{path}: is not a config, it has more than {_MAX_CHARACTERS} characters"
+            )
         loader = _Loader(text)
         node = loader.get_single_node()
         if _expanded_size(node, {}) > _MAX_VALUES:
-            raise UserError(f"{path}: is no config, its aliases expand beyond {_MAX_VALUES} values")
+            raise UserError(
+                f"{path}: is not a config, its aliases expand beyond {_MAX_VALUES} values"
+            )
         return None if node is None else loader.construct_document(node)
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
@@ -109,7 +116,7 @@ def read(path: str) -> Any:
 
 
 def _expanded_size(node: Any, sizes: Dict[int, float]) -> float:
-    """Number of values below a YAML node; infinite if it contains itself."""
+    """Number of values in a YAML node after alias expansion; infinite if it contains itself."""
     if id(node) not in sizes:
         sizes[id(node)] = math.inf
         children = node.value if isinstance(node, yaml.CollectionNode) else []

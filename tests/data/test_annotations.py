@@ -42,7 +42,7 @@ def test_an_outline_is_as_long_as_its_strokes():
     short, long = [1.0, 1.0, 3.0, 3.0] * 10_000, [0.0, 0.0, 2000.0, 2000.0] * 10_000
     far = short[:-2] + [2000.0, 2000.0]
     assert masks_problem([[short], [far]], [SIZE] * 2) is None
-    assert masks_problem([[long]], [SIZE])[1].endswith("longer than any outline")
+    assert masks_problem([[long]], [SIZE])[1].endswith("has an outline longer than 10000000 pixels")
 
 
 def test_dicts():
