@@ -1,1 +1,1 @@
-"""What norms cost: time, memory, communication."""
+"""Benchmarks of the norms: time, memory and communication."""

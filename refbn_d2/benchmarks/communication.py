@@ -1,4 +1,4 @@
-"""What the processes of a run send to each other in a training step."""
+"""Counts the collective operations of a training step."""
 
 from collections import Counter
 from typing import Dict, Type
@@ -11,12 +11,13 @@ from ..engine.trainer import Trainer
 
 __all__ = ["communication"]
 
-# The first step takes the reference, and DistributedDataParallel sorts its gradients after it.
+# Not the first steps: the first one takes the reference, and after it DistributedDataParallel
+# rebuilds its gradient buckets.
 _STEP = 3
 
 
 class _Profiled:
-    """Of a trainer: records one step, all its hooks included."""
+    """Mixin of a trainer that profiles one step, including all hooks."""
 
     def before_step(self):
         if self.iter == _STEP:
@@ -31,17 +32,17 @@ class _Profiled:
 
 
 def communication(cfg: CfgNode, trainer_class: Type[Trainer] = Trainer) -> Dict[str, int]:
-    """Counts the collective operations of one training step, as PyTorch's profiler sees them.
+    """Counts the collective operations of one training step with PyTorch's profiler.
 
-    Every process has to call this. It trains a few steps, without an evaluation.
+    Every process must call this function. It trains a few steps without an evaluation.
 
     Args:
-        cfg: of the run; what it writes goes to OUTPUT_DIR.
-        trainer_class: what trains.
+        cfg: Config of the run. Files are written to its OUTPUT_DIR.
+        trainer_class: Class of the trainer.
 
     Returns:
-        Name ("all_reduce", ...) -> calls, and "elements" -> the sum of their inputs' sizes on this
-        process.
+        A dict from the name of each operation ("all_reduce", ...) to the number of calls on this
+        process, and from "elements" to the total number of elements of their inputs.
     """
     cfg = cfg.clone()
     cfg.defrost()

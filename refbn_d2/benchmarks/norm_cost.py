@@ -1,4 +1,4 @@
-"""Measuring what a norm costs: time against BatchNorm and the memory bandwidth, bytes kept."""
+"""Measures the cost of norms: time relative to BatchNorm and to memory bandwidth, and memory."""
 
 import copy
 import random
@@ -26,7 +26,8 @@ __all__ = [
 
 Shape = Tuple[int, int, int, int]
 
-# Channels, height, width of the norms of Mask R-CNN R50-C4 at 800 x 1216: the backbone, an image.
+# (channels, height, width) of the norms in the backbone of Mask R-CNN R50-C4, for an image of
+# 800 x 1216 pixels.
 _BACKBONE = [
     (64, 400, 608),
     (64, 200, 304),
@@ -36,7 +37,7 @@ _BACKBONE = [
     (256, 50, 76),
     (1024, 50, 76),
 ]
-# res5 on 512 RoIs of an image.
+# The same for res5, which runs on 512 RoIs per image.
 _ROI_HEAD = [(512, 7, 7), (2048, 7, 7)]
 DETECTOR_SHAPES: Dict[int, List[Shape]] = {
     images: [(images, *s) for s in _BACKBONE] + [(512 * images, *s) for s in _ROI_HEAD]
@@ -54,12 +55,13 @@ RESNET_SHAPES: Dict[int, List[Shape]] = {
     for batch in (32, 128)
 }
 
-# A norm must read x twice and write y, then read x and g twice and write dx.
+# Number of tensors that a norm must read or write: forward reads x twice and writes y; backward
+# reads x and g twice and writes dx.
 _TRAFFIC = {"forward": 3, "backward": 5, "both": 8}
 
 
 class PlainRefBatchNorm2d(RefBatchNorm2d):
-    """RefBN as the paper writes it, left to autograd: what a first implementation costs."""
+    """RefBN by the paper's formulas, differentiated by autograd: a straightforward baseline."""
 
     def _normalize(self, x: Tensor) -> Tensor:
         lambda1 = self.pseudo_count / (x.shape[0] + self.pseudo_count)
@@ -72,7 +74,7 @@ class PlainRefBatchNorm2d(RefBatchNorm2d):
 
 
 class SyncKernelsBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm in training on the kernels that SyncBatchNorm uses on CUDA; one process."""
+    """BatchNorm in training with the kernels of SyncBatchNorm (on CUDA), on one process."""
 
     def forward(self, x: Tensor) -> Tensor:
         unused = torch.zeros_like(self.running_mean), torch.ones_like(self.running_var)
@@ -80,8 +82,8 @@ class SyncKernelsBatchNorm2d(nn.BatchNorm2d):
 
 
 def compiled_ref_batch_norm(channels: int) -> RefBatchNorm2d:
-    """RefBN as torch.compile makes it, for one shape; compiling takes some 10 s each."""
-    torch._dynamo.reset()  # or it stops to compile after eight shapes
+    """RefBN compiled by torch.compile for one shape, which takes about 10 s."""
+    torch._dynamo.reset()  # otherwise torch.compile gives up after eight shapes
     norm = RefBatchNorm2d(channels)
     norm.compile(dynamic=False)
     return norm
@@ -97,7 +99,7 @@ def _prepared(build: Callable[[int], nn.Module], x: Tensor) -> nn.Module:
 
 def _seconds(call: Callable[[], Any]) -> float:
     cuda = torch.cuda.is_initialized()
-    # With one thread, the time of the CPU: what else runs on the machine does not lengthen it.
+    # With one thread, measure CPU time, which does not depend on other processes' load.
     alone = torch.get_num_threads() == 1 and not cuda
     clock = time.process_time if alone else time.perf_counter
     if cuda:
@@ -110,7 +112,7 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 
 def _peak_bytes() -> int:
-    """Of memory so far: of the GPU if it is in use, else resident memory of this process."""
+    """Peak memory so far: GPU memory if CUDA is in use, else this process's resident memory."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -122,12 +124,12 @@ def _spread(values: Sequence[float]) -> Dict[str, float]:
 
 
 def _bytes_kept(norm: nn.Module, x: Tensor) -> int:
-    """Bytes of the storages that autograd keeps for backward, x's own included."""
+    """Number of bytes that autograd saves for the backward pass, including those of x."""
     kept: Dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
         kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t.detach()  # t holds the graph, which would hold t, for ever
+        return t.detach()  # t itself would create a reference cycle with the graph
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         norm(x)
@@ -142,19 +144,23 @@ def layer_times(
     repeats: int,
     device: str = "cpu",
 ) -> Dict[str, Dict[str, Any]]:
-    """Times a training step of single layers: in every round each norm once, in random order.
+    """Times a training step of single layers.
+
+    Each round runs every norm once, in random order.
 
     Args:
-        norms: constructors that take the number of channels, by name; "BN" is the yardstick.
-        shape: (N, C, H, W) of the input.
-        memory_format, dtype, device: of the input.
-        repeats: rounds.
+        norms: Constructors by name, each of which takes the number of channels. "BN" is required,
+            because the others are compared with it.
+        shape: Shape (N, C, H, W) of the input.
+        memory_format, dtype, device: Memory format, dtype and device of the input.
+        repeats: Number of rounds.
 
     Returns:
-        For each norm, for ``forward``, ``backward`` and ``both``: ``median``, ``low`` and ``high``
-        (seconds, quartiles), ``ratio`` (median over rounds, against BN of the same round) and
-        ``floor_ratio`` (against the least traffic at the measured copy bandwidth). Further
-        ``bytes_kept`` for backward.
+        For each norm and each of ``forward``, ``backward`` and ``both``: ``median``, ``low`` and
+        ``high`` (median and quartiles in seconds), ``ratio`` (median over rounds of the time
+        divided by BN's time in the same round) and ``floor_ratio`` (median time divided by the time
+        of the minimal memory traffic at the measured copy bandwidth). For each norm also
+        ``bytes_kept``, the bytes saved for the backward pass.
     """
     x = torch.randn(shape).to(device, dtype).contiguous(memory_format=memory_format)
     x.requires_grad_()
@@ -167,7 +173,7 @@ def layer_times(
         copy_ = _seconds(lambda: target.copy_(g))
         if round_ >= 0:
             copies.append(copy_)
-        # The allocator's state after one norm decides how another finds it: none is always first.
+        # Random order, because a norm's time depends on the allocator's state after the previous.
         for name, layer in order.sample(list(layers.items()), len(layers)):
             x.grad = None
             outputs: List[Tensor] = []
@@ -207,7 +213,7 @@ _serve(*sys.argv[1:])
 
 
 def _scenes(cfg, images: int, size: Tuple[int, int]) -> List[Dict[str, Any]]:
-    """Training input of noise with 8 objects each: the arithmetic does not depend on the data."""
+    """Training input: noise images with 8 objects each. The cost does not depend on the pixels."""
     from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 
     generator = torch.Generator().manual_seed(0)
@@ -231,7 +237,10 @@ def _scenes(cfg, images: int, size: Tuple[int, int]) -> List[Dict[str, Any]]:
 
 
 def _serve(config: str, images: str, height: str, width: str, *opts: str) -> None:
-    """Runs what each line on standard input says, a step or an inference; prints its seconds."""
+    """Reads "step" or "inference" lines from standard input, runs each, and prints its cost.
+
+    An output line has the seconds and the peak memory in bytes.
+    """
     from detectron2.utils.events import EventStorage
 
     from ..config import load_config
@@ -240,7 +249,7 @@ def _serve(config: str, images: str, height: str, width: str, *opts: str) -> Non
     cfg = load_config(config, list(opts))
     torch.manual_seed(0)
     model = Trainer.build_model(cfg).train()
-    # Before any step the statistics of all norms are the same: so are the detections.
+    # Copied before any training step: all norms then have the same statistics and detections.
     frozen = copy.deepcopy(model).eval()
     optimizer = Trainer.build_optimizer(cfg, model)
     batch = _scenes(cfg, int(images), (int(height), int(width)))
@@ -274,21 +283,21 @@ def model_times(
     repeats: int,
     keys: Sequence[str] = ("MODEL.RESNETS.NORM",),
 ) -> Dict[str, Dict[str, Any]]:
-    """Times whole models, interleaved, each in a process of its own.
+    """Times whole models in alternation, each in its own process.
 
     Args:
-        config: config file of the model.
-        norms: values of ``keys``; the first is what the others are divided by.
-        images: of a training step; inference is of one.
-        size: height and width of an image.
-        opts: KEY VALUE pairs for all.
-        repeats: rounds.
-        keys: of the config, which a norm is set in.
+        config: Path of the model's config file.
+        norms: Values of ``keys``. The others are compared with the first.
+        images: Number of images in a training step; inference uses one.
+        size: Height and width of an image.
+        opts: KEY VALUE pairs that override the config for all norms.
+        repeats: Number of rounds.
+        keys: Config keys that are set to the norm.
 
     Returns:
-        For each norm, for ``step`` and ``inference``: ``median``, ``low``, ``high`` (seconds,
-        quartiles) and ``ratio`` (median over rounds, against the first of the same round). Further
-        ``peak_bytes`` of memory.
+        For each norm and each of ``step`` and ``inference``: ``median``, ``low`` and ``high``
+        (median and quartiles in seconds) and ``ratio`` (median over rounds of the time divided by
+        the first norm's time in the same round). For each norm also ``peak_bytes`` of memory.
     """
     arguments = [str(v) for v in (images, *size)]
     children = {
