@@ -1,4 +1,4 @@
-"""Single handwritten digits for the pretraining of the quick experiment, drawn as in its scenes."""
+"""Images of single handwritten digits, drawn as in the quick data set, for pretraining."""
 
 from typing import Any, Dict, List
 
@@ -14,21 +14,21 @@ CROP_SIZE = 64
 
 
 class CropMapper:
-    """Turns a sample of the digits into an image on a background, in a random pose.
+    """Dataset mapper that draws a digit on a background, in a random pose.
 
-    In evaluation the pose is a function of the sample.
+    In evaluation the pose depends on the sample only.
     """
 
     def __init__(self, is_train: bool):
         self._is_train = is_train
 
     def __call__(self, d: Dict[str, Any]) -> Dict[str, Any]:
-        # np.random is what detectron2's augmentations draw from and its workers seed.
+        # Seeded from np.random, which detectron2's augmentations use and its workers seed.
         rng = np.random.default_rng(
             np.random.randint(2**31) if self._is_train else [0, d["image_id"]]
         )
         image = quick.background(rng, CROP_SIZE)
-        if rng.random() < 0.5:  # a neighbour, partly hidden, as in the scenes
+        if rng.random() < 0.5:  # a partly hidden neighbour, as in the scenes
             corner = rng.choice([0.0, CROP_SIZE], 2)
             quick.paste(image, d["stroke"][::-1], rng.uniform(28, 56), tuple(corner), 0.0)
         size = rng.uniform(28, 72)

@@ -1,4 +1,4 @@
-"""A training sampler whose batches are not i.i.d.: the situation RefBN is meant for."""
+"""A training sampler whose batches are not i.i.d., the situation for which RefBN is intended."""
 
 import itertools
 import warnings
@@ -15,19 +15,19 @@ __all__ = ["GroupedTrainingSampler", "image_groups"]
 
 
 def image_groups(dataset_dicts: Iterable[Dict[str, Any]], field: str = "") -> List[int]:
-    """The group of each image.
+    """Returns the group of each image.
 
     Args:
-        dataset_dicts: of detectron2's standard format.
-        field: which key of a dict says the group. By default "group" or "style" where the images
-            have it, else the category with the most objects in the image (images without objects
-            are a group of their own).
+        dataset_dicts: Dicts in detectron2's standard data set format.
+        field: Key of a dict that contains the group. By default "group" or "style" if an image has
+            it, else the category with the most objects in the image; images without objects form
+            one group.
 
     Returns:
-        Numbers of the groups, from 0, in the sorted order of their names.
+        Indices of the groups, from 0, in the sorted order of their names.
 
     Raises:
-        UserError: an image lacks the field.
+        UserError: If an image lacks the field.
     """
     fields = [field] if field else ["group", "style"]
 
@@ -49,19 +49,25 @@ def image_groups(dataset_dicts: Iterable[Dict[str, Any]], field: str = "") -> Li
 
 
 class GroupedTrainingSampler(Sampler):
-    """An infinite stream of epochs, permutations in which the images of a batch share their group.
+    """Infinite sampler where images in the same batch tend to belong to the same group.
 
-    In every epoch a fraction ``strength`` of the images, chosen anew, is sorted by group, the
-    others stay shuffled in between. The result is cut into batches and the batches are shuffled. So
-    about ``strength`` of a batch shares a group, and nothing ties a batch to the next: strength 0
-    is i.i.d. as TrainingSampler, 1 gives batches of one group each, and a batch of one image
-    knows no difference. What does not fill a batch is left out of its epoch.
+    Every epoch is a permutation of the images. A random fraction ``strength`` of its positions
+    holds images sorted by group; the other images stay shuffled. The permutation is divided into
+    batches, and the batches are shuffled. Hence about ``strength`` of the images in a batch share a
+    group, and successive batches are independent. With strength 0 batches are i.i.d., as from
+    TrainingSampler; with strength 1 almost every batch has one group. For batches of one image the
+    strength has no effect. Images that do not fill a last batch are omitted in that epoch.
 
     Args:
-        groups: the group of each image, >= 0.
-        strength: in [0, 1].
-        batch_size: of the global batch, over all processes.
-        seed: the same on every process; None for a random one that they share.
+        groups: Group of each image, an integer >= 0.
+        strength: Fraction of the images that are sorted by group, in [0, 1].
+        batch_size: Number of images in the global batch, over all processes.
+        seed: Random seed, the same on every process; None for a random seed that all processes
+            share.
+
+    Raises:
+        ValueError: If ``strength`` is not in [0, 1], or if there are fewer images than
+            ``batch_size``.
     """
 
     def __init__(
@@ -70,7 +76,10 @@ class GroupedTrainingSampler(Sampler):
         if not 0 <= strength <= 1:
             raise ValueError(f"strength must be in [0, 1], got {strength}")
         if batch_size > len(groups):
-            raise ValueError(f"a batch of {batch_size} needs as many images, got {len(groups)}")
+            raise ValueError(
+                f"a batch of {batch_size} needs at least as many images, got {len(groups)}: reduce "
+                "the batch size"
+            )
         if strength > 0 and len(set(groups)) < 2:
             warnings.warn(
                 "all images are of one group: the batches of GroupedTrainingSampler are i.i.d., "

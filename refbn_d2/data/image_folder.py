@@ -1,4 +1,4 @@
-"""Data sets in the layout of ImageNet: a folder a split, below it a folder of images a class."""
+"""Data sets in the layout of ImageNet: one folder per split with one folder of images per class."""
 
 import os
 from pathlib import Path
@@ -17,14 +17,14 @@ SPLITS = ("train", "val")
 
 
 class ImageFolderMapper:
-    """Reads an image, uint8 (3, 224, 224) in RGB, and its label.
+    """Dataset mapper that reads an image as uint8 (3, 224, 224) in RGB, and its label.
 
-    In training a random part of the image, flipped half of the time; in evaluation the middle of
-    it, when its shorter side is 256 pixels. Resizing is on bytes, throughout.
+    In training it takes a random crop and flips it with probability 1/2. In evaluation it resizes
+    the shorter side to 256 pixels and takes the center crop. Images stay uint8 while resized.
     """
 
     def __init__(self, is_train: bool):
-        # Antialiasing is what Pillow does, and what the published accuracies are measured with.
+        # With antialiasing, as in Pillow, with which published accuracies were measured.
         options = {"interpolation": InterpolationMode.BILINEAR, "antialias": True}
         if is_train:
             steps = [v2.RandomResizedCrop(CROP_SIZE, **options), v2.RandomHorizontalFlip()]
@@ -43,7 +43,9 @@ def _classes(folder: Path) -> List[str]:
     except FileNotFoundError as e:
         if not folder.is_dir():
             raise FileNotFoundError(None, None, str(folder)) from e
-        raise UserError(f"{folder}: has no folder a class, as in ImageNet's layout") from None
+        raise UserError(
+            f"{folder}: has no folders; ImageNet's layout has one folder of images per class here"
+        ) from None
 
 
 def _load(root: Path, split: str) -> List[Dict[str, Any]]:
@@ -65,8 +67,12 @@ def _load(root: Path, split: str) -> List[Dict[str, Any]]:
 def register_image_folders(name: str, root: str) -> None:
     """Registers {name}_train and {name}_val for ``root``/train and ``root``/val.
 
-    A class is a folder there, and its number the place of its name among all of them, sorted.
-    MODEL.CLASSIFIER.NUM_CLASSES must be their number.
+    Each folder in them is a class. The label is the index of its name in the sorted list of names.
+    MODEL.CLASSIFIER.NUM_CLASSES must be the number of folders.
+
+    Args:
+        name: Prefix of the names of the data sets.
+        root: Path of the folder with "train" and "val".
     """
     for split in SPLITS:
         full_name = f"{name}_{split}"
@@ -77,7 +83,7 @@ def register_image_folders(name: str, root: str) -> None:
 
 
 def register() -> None:
-    """Registers imagenet_train and imagenet_val, below detectron2's own DETECTRON2_DATASETS."""
+    """Registers imagenet_train and imagenet_val in the folder $DETECTRON2_DATASETS/imagenet."""
     if "imagenet_train" not in DatasetCatalog.list():
         register_image_folders(
             "imagenet", os.path.join(os.getenv("DETECTRON2_DATASETS", "datasets"), "imagenet")

@@ -1,5 +1,7 @@
-"""A training loader whose batches are a function of a seed, so that a resumed run can go on with
-the batch at which it was interrupted."""
+"""A training loader whose batches depend on a seed only.
+
+A resumed run can therefore continue with the batch at which it was interrupted.
+"""
 
 import itertools
 import os
@@ -19,7 +21,7 @@ __all__ = ["TrainLoader"]
 
 
 class _Seeded(Dataset):
-    """Loads an image with random numbers that depend on its position in the stream alone."""
+    """Loads an image with a random seed that depends only on its position in the stream."""
 
     def __init__(self, dataset: Dataset, seed: int):
         self._dataset = dataset
@@ -28,7 +30,7 @@ class _Seeded(Dataset):
     def __getitem__(self, item: Tuple[int, int]) -> Any:
         position, index = item
         seed = derived_seed(*self._key, position)
-        if get_worker_info() is not None:  # nobody else draws here: no state to put back
+        if get_worker_info() is not None:  # a worker process, whose random state nobody else uses
             seed_rng(seed)
             return self._dataset[index]
         with forked_rng(seed):
@@ -36,11 +38,12 @@ class _Seeded(Dataset):
 
 
 def _only_its_parent_ends_it(worker: int) -> None:
-    """Makes a worker process deaf to a notice that a scheduler or a terminal sends to all of them.
+    """Makes a worker process ignore SIGTERM, SIGINT and SIGHUP unless its parent sends SIGTERM.
 
-    The trainer finishes its step before it stops, and needs the worker until then.
+    A scheduler or a terminal sends these signals to all processes of a run. The trainer then
+    finishes its step before it stops, and needs the worker until then.
     """
-    if hasattr(signal, "sigwaitinfo"):  # else nobody can tell who sent it
+    if hasattr(signal, "sigwaitinfo"):  # without it, the sender of a signal is unknown
         signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         threading.Thread(target=_wait_for_parent, daemon=True).start()
@@ -53,28 +56,29 @@ def _wait_for_parent() -> None:
 
 
 class TrainLoader:
-    """Yields the batches of this process, by default lists of mapped dataset dicts, without end.
+    """Infinite iterable over the batches of this process, by default lists of mapped dicts.
 
-    There is one pass, hence its workers stay until the run ends.
+    Iterate over it only once; its workers run until the end of the run.
 
-    The images, their batches and their augmentation are what detectron2's loader would give: its
-    samplers, batches of one orientation, the mapper's random numbers. But they depend on ``seed``
-    and on nothing else, least of all on the number of workers. Batches before ``start`` are
-    skipped without loading an image.
+    It works like detectron2's loader: the same samplers, batches of one orientation, augmentation
+    in the mapper. The batches, however, depend only on ``seed``, for example not on the number of
+    workers. Batches before ``start`` are skipped without loading their images.
 
     Args:
-        dicts: dataset dicts with "width" and "height"; a Dataset of them is used as it is.
-        sampler: makes the endless stream of this process's indices, given the dataset and a seed.
-        mapper: makes model input of a dataset dict.
-        batch_size: of this process.
-        group_by_orientation: whether wide images and all others go into batches of their own.
-        num_workers: processes that load images; 0 for none.
-        seed: >= 0, the same on every process.
-        collate_fn: makes a batch of a list of mapped dicts, in the worker.
-        pin_memory: whether batches, as far as they are tensors, wait in memory that a GPU can read.
+        dicts: Dataset dicts with "width" and "height", as a sequence or a Dataset.
+        sampler: Function that takes the data set and a seed and returns this process's sampler,
+            an infinite stream of indices.
+        mapper: Function that converts a dataset dict to model input.
+        batch_size: Number of images per batch on this process.
+        group_by_orientation: Whether wide images and other images are in separate batches.
+        num_workers: Number of worker processes that load images; 0 to load in this process.
+        seed: Random seed, >= 0, the same on every process.
+        collate_fn: Function that converts a list of mapped dicts to a batch, in the worker.
+        pin_memory: Whether tensors in the batches are copied to pinned memory.
 
     Attributes:
-        seed, start: may be set until the first batch is asked for.
+        seed: Random seed; may be changed before iteration starts.
+        start: Number of batches to skip, 0 by default; may be changed before iteration starts.
     """
 
     def __init__(
@@ -89,7 +93,7 @@ class TrainLoader:
         collate_fn: Callable[[List[Any]], Any] = trivial_batch_collator,
         pin_memory: bool = False,
     ):
-        # Known for all images beforehand, or skipping batches would mean loading dicts.
+        # Computed in advance, so that skipping batches need not load the dicts.
         self._bucket = None
         if group_by_orientation:
             self._bucket = [d["width"] > d["height"] for d in dicts]
@@ -106,7 +110,7 @@ class TrainLoader:
         self.start = 0
 
     def _batches(self) -> Iterator[List[Tuple[int, int]]]:
-        """Batches of (position in the stream, index of the image)."""
+        """Yields batches of (position in the stream, index of the image)."""
         buckets: Dict[bool, List[Tuple[int, int]]] = {False: [], True: []}
         for position, index in enumerate(self._sampler(self._dataset, self.seed)):
             bucket = buckets[self._bucket is not None and self._bucket[index]]
@@ -116,7 +120,8 @@ class TrainLoader:
                 bucket.clear()
 
     def __iter__(self) -> Iterator[List[Any]]:
-        # A generator: release 0.6 of detectron2 asks for the iterator before it knows about resume.
+        # A generator, because detectron2 0.6 creates the iterator before `start` is set for a
+        # resumed run. The body runs only when the first batch is requested.
         yield from DataLoader(
             _Seeded(MapDataset(self._dataset, self._mapper), self.seed),
             batch_sampler=itertools.islice(self._batches(), self.start, None),
@@ -124,6 +129,6 @@ class TrainLoader:
             collate_fn=self._collate_fn,
             pin_memory=self._pin_memory,
             worker_init_fn=_only_its_parent_ends_it,
-            # Without one of its own it draws from the generator of the training step.
+            # Without its own generator, DataLoader would draw from the one of the training step.
             generator=torch.Generator(),
         )

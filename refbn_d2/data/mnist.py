@@ -1,4 +1,4 @@
-"""MNIST: the four files as they are published, below detectron2's own DETECTRON2_DATASETS."""
+"""MNIST, read from its four published files in $DETECTRON2_DATASETS/mnist."""
 
 import gzip
 import os
@@ -22,7 +22,7 @@ _PADDING = ((0, 0), (2, 2), (2, 2))  # LeNet-5 and VGG-16 take 32 x 32
 
 
 class MnistMapper:
-    """Makes the image of a sample a tensor, uint8 (1, 32, 32)."""
+    """Dataset mapper that converts the image to a tensor, uint8 (1, 32, 32)."""
 
     def __init__(self, is_train: bool):
         pass
@@ -32,17 +32,23 @@ class MnistMapper:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The bytes of a gzipped idx file, uint8, in the shape it says.
+    """Reads a gzipped idx file of bytes.
+
+    Args:
+        path: Path of the .gz file.
+
+    Returns:
+        uint8 array with the shape in the file's header.
 
     Raises:
-        UserError: the file is damaged or not an idx file of bytes.
-        FileNotFoundError: there is none.
+        UserError: If the file is damaged or is not an idx file of bytes.
+        FileNotFoundError: If the file does not exist.
     """
     try:
         content = gzip.decompress(path.read_bytes())
     except (gzip.BadGzipFile, EOFError, zlib.error) as e:
         raise UserError(f"{path}: damaged, download it again: {e}") from None
-    # Two zeros, the type (8 is a byte), the number of dimensions, and each of them in 4 bytes.
+    # Header: two zeros, the type (8: bytes), the number of dimensions, each dimension in 4 bytes.
     num_dims = content[3] if len(content) > 3 and content[:3] == b"\0\0\x08" else 0
     header = 4 + 4 * num_dims
     if num_dims == 0 or len(content) < header:
@@ -57,7 +63,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def _folder() -> Path:
-    """Where the files are; without any they are downloaded."""
+    """Returns the folder with the files; downloads them if there is none."""
     root = Path(os.getenv("DETECTRON2_DATASETS", "datasets"))
     downloaded = root / "MNIST" / "raw"  # torchvision's choice
     for folder in (root / "mnist", downloaded):
@@ -91,7 +97,7 @@ def _load(split: str) -> List[Dict[str, Any]]:
 
 
 def register() -> None:
-    """Registers mnist_train and mnist_test; the files are looked for when first loaded."""
+    """Registers mnist_train and mnist_test. Their files are read when they are first used."""
     for split in _PARTS:
         name = f"mnist_{split}"
         if name not in DatasetCatalog.list():

@@ -1,8 +1,8 @@
-"""The quick data set: scenes of handwritten digits in COCO format, generated on the spot.
+"""The quick data set: generated scenes of handwritten digits in COCO format.
 
-The strokes are real: scikit-learn's copy of the UCI digits (1,797 samples of 8x8, CC BY 4.0). A
-scene holds several of them, scaled, turned, overlapping, on textured noise. Train and val scenes
-use disjoint samples.
+The digits are real: scikit-learn's copy of the UCI digits (1,797 samples of 8x8 pixels, CC BY 4.0).
+A scene has several digits, scaled, rotated and overlapping, on textured noise. Train and val scenes
+use disjoint digits.
 """
 
 import json
@@ -34,9 +34,9 @@ __all__ = [
 ]
 
 IMAGE_SIZE = 128
-# name -> (scenes, seed). The sizes make one run a matter of minutes on one CPU core.
+# Name -> (number of scenes, seed). With these sizes a run takes minutes on one CPU core.
 SPLITS: Dict[str, Tuple[int, int]] = {"train": (1200, 1), "val": (300, 2)}
-# Lighting of a scene: gain and offset of its pixels. What makes a batch of one style not i.i.d.
+# Lighting of a scene: gain and offset of its pixels. A batch with one style is not i.i.d.
 STYLES: Dict[str, Tuple[float, float]] = {
     "plain": (1.0, 0.0),
     "dim": (0.5, 5.0),
@@ -44,16 +44,16 @@ STYLES: Dict[str, Tuple[float, float]] = {
     "fog": (0.45, 125.0),
 }
 CLASSES = [str(d) for d in range(10)]
-_VERSION = "v1"  # part of the folder's name: change it with the contents
+_VERSION = "v1"  # part of the folder's name; increase it when the contents change
 
 
 def root() -> Path:
-    """Where the data set is, or will be: below detectron2's own DETECTRON2_DATASETS."""
+    """Returns the folder of the data set, which may not exist yet, in $DETECTRON2_DATASETS."""
     return Path(os.getenv("DETECTRON2_DATASETS", "datasets")) / f"quick_digits_{_VERSION}"
 
 
 def digit_samples(split: str) -> Tuple[np.ndarray, np.ndarray]:
-    """Strokes and labels of the samples that ``split`` ("train" or "val") may use.
+    """Returns the digits and labels that the scenes of ``split`` ("train" or "val") use.
 
     Returns:
         float32 (n, 8, 8) in [0, 1] and int64 (n,) in 0..9.
@@ -72,14 +72,14 @@ def paste(
     """Draws a digit into a grey image.
 
     Args:
-        image: float32 (H, W) in [0, 255], changed in place.
-        stroke: float32 (8, 8) in [0, 1].
-        size: height and width of the 8x8 raster in the image, in pixels.
-        center: (x, y) in pixels.
-        angle: in degrees.
+        image: Grey image, float32 (H, W) in [0, 255], changed in place.
+        stroke: Digit, float32 (8, 8) in [0, 1].
+        size: Height and width of the digit in the image, in pixels.
+        center: Center (x, y) of the digit in pixels.
+        angle: Rotation in degrees.
 
     Returns:
-        bool (H, W), the pixels that the stroke covers.
+        Mask of the pixels that the digit covers, bool (H, W).
     """
     import cv2
 
@@ -89,7 +89,7 @@ def paste(
     height, width = image.shape
     ink = cv2.warpAffine(stroke, matrix, (width, height), flags=cv2.INTER_CUBIC)
     alpha = np.clip((ink - 0.25) * 4, 0, 1)
-    # A dark rim, without which white strokes on white strokes have no edge to see.
+    # A dark rim, so that the edges of overlapping digits are visible.
     image *= 1 - 0.8 * cv2.dilate(alpha, np.ones((5, 5), "uint8"))
     image *= 1 - alpha
     image += alpha * 255 * np.clip(0.6 + 0.4 * ink, 0, 1)
@@ -97,7 +97,7 @@ def paste(
 
 
 def background(rng: np.random.Generator, size: int = IMAGE_SIZE) -> np.ndarray:
-    """Dark clouds with fine noise, float32 (size, size) in [0, 255]."""
+    """Draws a background of dark clouds with fine noise, float32 (size, size) in [0, 255]."""
     import cv2
 
     coarse = rng.uniform(0, 90, (6, 6)).astype("float32")
@@ -106,13 +106,13 @@ def background(rng: np.random.Generator, size: int = IMAGE_SIZE) -> np.ndarray:
 
 
 def light(image: np.ndarray, style: str) -> np.ndarray:
-    """The image, float32 in [0, 255], in the lighting ``style``, as uint8."""
+    """Applies the lighting ``style`` to an image, float32 in [0, 255]; returns uint8."""
     gain, offset = STYLES[style]
     return np.clip(image * gain + offset, 0, 255).astype("uint8")
 
 
 def _scene(rng: np.random.Generator, strokes: np.ndarray, labels: np.ndarray):
-    """One image, uint8 (H, W), its style, and its objects as (label, visible mask)."""
+    """Draws a scene: an image, uint8 (H, W), its style, and its objects as (label, mask)."""
     style = str(rng.choice(list(STYLES)))
     image = background(rng)
     objects: List[Tuple[int, np.ndarray]] = []
@@ -121,14 +121,14 @@ def _scene(rng: np.random.Generator, strokes: np.ndarray, labels: np.ndarray):
         size = rng.uniform(28, 72)
         center = rng.uniform(size * 0.35, IMAGE_SIZE - size * 0.35, 2)
         mask = paste(image, strokes[k], size, tuple(center), rng.uniform(-12, 12))
-        # The newcomer hides what lies below it.
+        # The new digit covers the older ones.
         objects = [(label, old & ~mask) for label, old in objects]
         objects.append((int(labels[k]), mask))
     return light(image, style), style, [(label, m) for label, m in objects if m.sum() >= 60]
 
 
 def generate(folder: Path) -> None:
-    """Writes images and instances_{train,val}.json below ``folder``; the same bytes each time."""
+    """Writes the images and instances_{train,val}.json to ``folder``, the same bytes each time."""
     from tqdm import tqdm
 
     with needs_extra():
@@ -176,7 +176,7 @@ def generate(folder: Path) -> None:
 
 
 def _ensure() -> Path:
-    """Generates the data set if it is not there; one process does, others wait for it."""
+    """Generates the data set if it does not exist. One process generates it, others wait."""
     folder = root()
     if not folder.exists():
         with folder_lock(folder.parent, name=f".{folder.name}.lock", wait=True):
@@ -194,14 +194,14 @@ def _load(split: str) -> List[dict]:
     json_file = folder / f"instances_{split}.json"
     images = read_coco(str(json_file)).imgs
     dicts = load_coco_json(str(json_file), str(folder / split), f"quick_digits_{split}")
-    # load_coco_json drops what is not COCO's.
+    # load_coco_json drops keys that are not in COCO's format, such as "style".
     for d in dicts:
         d["style"] = images[d["image_id"]]["style"]
     return dicts
 
 
 def register() -> None:
-    """Registers quick_digits_train and quick_digits_val; they are generated when first loaded."""
+    """Registers quick_digits_train and quick_digits_val. They are generated at their first use."""
     for split in SPLITS:
         name = f"quick_digits_{split}"
         if name in DatasetCatalog.list():

@@ -64,7 +64,7 @@ def test_bad_strength(strength):
 
 
 def test_a_batch_larger_than_the_data():
-    with pytest.raises(ValueError, match="batch of 161 needs as many images, got 160"):
+    with pytest.raises(ValueError, match="batch of 161 needs at least as many images, got 160"):
         GroupedTrainingSampler(GROUPS, 0.5, 161, 0)
 
 

@@ -84,7 +84,7 @@ def test_what_is_wrong_with_the_folders(folders):
     for file in (folders / "val" / "ant").iterdir():
         file.unlink()
     (folders / "val" / "ant").rmdir()
-    with pytest.raises(UserError, match="set/val: has no folder a class"):
+    with pytest.raises(UserError, match="set/val: has no folders; "):
         DatasetCatalog.get("insects_val")
     (folders / "val").rmdir()
     with pytest.raises(FileNotFoundError) as e:
