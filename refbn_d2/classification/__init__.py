@@ -1,7 +1,6 @@
-"""The classification track: the paper's classifiers, and pretraining a backbone with the norm that
-the detector will have."""
+"""Image classification: the paper's experiments, and pretraining of a detector's backbone."""
 
-from .. import upstream  # noqa: F401  (says so if detectron2 is missing)
+from .. import upstream  # noqa: F401  (raises a clear error if detectron2 is missing)
 from .classifier import ImageClassifier, TorchvisionClassifier
 from .trainer import ClassificationTrainer
 

@@ -1,4 +1,4 @@
-"""Reading a classifier's weights: those of another network or norm are an error."""
+"""Loading of a classifier's weights; weights of another network or norm are an error."""
 
 from typing import Any
 
@@ -9,16 +9,18 @@ __all__ = ["ClassifierCheckpointer"]
 
 
 class ClassifierCheckpointer(Checkpointer):
-    """Refuses weights that do not fit a TorchvisionClassifier, but for the number of classes.
+    """Raises an error if weights do not fit a TorchvisionClassifier.
 
-    BatchNorm's fit RefBN and the reverse: a reference more or less is no error.
+    A different number of classes is allowed. BatchNorm's weights fit RefBN and vice versa: a
+    missing or an additional reference is not an error.
     """
 
     def _load_model(self, checkpoint: Any):
         incompatible = super()._load_model(checkpoint)
         if incompatible is None or not hasattr(self.model, "network"):
             return incompatible
-        # Linear layers: (key, shape in the file, shape in the model).
+        # Parameters of linear layers whose shapes differ in the number of classes only.
+        # incorrect_shapes has (key, shape in the file, shape in the model).
         other_classes = {
             key
             for key, there, here in incompatible.incorrect_shapes
@@ -32,6 +34,7 @@ class ClassifierCheckpointer(Checkpointer):
         if unmatched:
             raise UserError(
                 f"weights {self._path!r} are of another network or norm: {unmatched[0]} does not "
-                "fit; set MODEL.CLASSIFIER.NETWORK and NORM to those it was trained with"
+                "fit; set MODEL.CLASSIFIER.NETWORK and MODEL.CLASSIFIER.NORM to the values with "
+                "which they were trained"
             )
         return incompatible

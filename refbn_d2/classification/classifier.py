@@ -1,4 +1,4 @@
-"""Image classifiers as meta-architectures: what they share, and the two kinds of network."""
+"""Image classifiers as detectron2 meta-architectures: a base class and two kinds of network."""
 
 from typing import Any, Dict, List, Union
 
@@ -19,9 +19,9 @@ Batch = Union[Dict[str, Any], List[Dict[str, Any]]]
 
 
 def collate(batch: Batch) -> Dict[str, Any]:
-    """A list of dicts as a dict of tensors, "image" (N, C, H, W) and "label" (N,).
+    """Stacks a list of dicts to a dict of tensors, "image" (N, C, H, W) and "label" (N,).
 
-    What is such a dict already is returned: the loaders stack in their workers.
+    A dict is returned unchanged, because the loaders already stack in their workers.
     """
     if isinstance(batch, dict):
         return batch
@@ -29,15 +29,17 @@ def collate(batch: Batch) -> Dict[str, Any]:
 
 
 class Classifier(nn.Module):
-    """Normalizes pixels; in training computes the loss and counts what was right.
+    """Base of the classifiers: normalizes pixels, computes the loss, and counts correct images.
 
     Args:
-        pixel_mean, pixel_std: one value a channel. Grey images become as many channels.
-        label_smoothing: the share of a label that is spread over all classes.
+        pixel_mean, pixel_std: Mean and standard deviation of each channel. A grey image is
+            broadcast to this number of channels.
+        label_smoothing: Fraction of each label that is distributed over all classes.
 
     Attributes:
-        counts: int64 (3,), of the images seen in training: their number, how many were right, and
-            how many among the best five. Whoever reads it sets it back.
+        counts: Sums over the training images since the last reset, int64 (3,): the number of
+            images, of images whose label had the highest score, and of images whose label was
+            among the five highest scores. The reader resets it to zero.
     """
 
     def __init__(self, pixel_mean, pixel_std, label_smoothing: float = 0.0):
@@ -48,16 +50,19 @@ class Classifier(nn.Module):
         self.register_buffer("counts", torch.zeros(3, dtype=torch.int64), False)
 
     def scores(self, images: Tensor) -> Tensor:
-        """Logits (N, num_classes) of normalized images (N, C, H, W)."""
+        """Computes logits (N, num_classes) from normalized images (N, C, H, W)."""
         raise NotImplementedError
 
     def forward(self, batch: Batch) -> Union[Dict[str, Tensor], List[Dict[str, Tensor]]]:
-        """
+        """Computes the loss in training, and the logits in evaluation.
+
         Args:
-            batch: dicts with "image", (C, H, W), and in training "label"; or their :func:`collate`.
+            batch: Dicts with "image" of shape (C, H, W) and, in training, "label"; or the result
+                of :func:`collate` for them.
 
         Returns:
-            In training the losses; otherwise for each image {"scores": (num_classes,)}, logits.
+            In training the losses by name; in evaluation a dict {"scores": logits of shape
+            (num_classes,)} for each image.
         """
         batch = collate(batch)
         images = batch["image"].to(self.pixel_mean.device, non_blocking=True)
@@ -71,14 +76,14 @@ class Classifier(nn.Module):
 
 @torch.no_grad()
 def right(scores: Tensor, labels: Tensor) -> Tensor:
-    """Number of images, of those that are right, and of those right among the best five.
+    """Counts images, top-1 correct images, and top-5 correct images.
 
     Args:
-        scores: (N, num_classes).
-        labels: (N,), in [0, num_classes).
+        scores: Scores, shape (N, num_classes).
+        labels: Labels in [0, num_classes), shape (N,).
 
     Returns:
-        int64 (3,).
+        The three counts, int64 (3,).
     """
     best = scores.topk(min(5, scores.shape[1])).indices
     hits = best == labels[:, None]
@@ -91,8 +96,8 @@ def right(scores: Tensor, labels: Tensor) -> Tensor:
 class ImageClassifier(Classifier):
     """Classifies images by the average of a backbone's last feature map.
 
-    The backbone is built from MODEL.BACKBONE and MODEL.RESNETS as a detector's is, with
-    OUT_FEATURES ["res5"]: its weights fit a detector of the same config name by name.
+    The backbone is built from MODEL.BACKBONE and MODEL.RESNETS like that of a detector, with
+    OUT_FEATURES ["res5"]. Its weights have the same names as in a detector of the same config.
     """
 
     @configurable
@@ -118,9 +123,9 @@ class ImageClassifier(Classifier):
 
 @META_ARCH_REGISTRY.register()
 class TorchvisionClassifier(Classifier):
-    """A network of torchvision, timm or of the paper, by name; see :func:`build_network`.
+    """A network of torchvision, of timm or of the paper; see :func:`build_network`.
 
-    Its weights are called "network." and what torchvision (timm) calls them.
+    The names of its weights are "network." followed by the names in torchvision (timm).
     """
 
     @configurable

@@ -12,7 +12,7 @@ __all__ = ["ClassificationEvaluator", "errors"]
 
 
 def errors(counts: torch.Tensor) -> "OrderedDict[str, float]":
-    """Error rates in percent from the counts that :func:`right` returns, or sums of them."""
+    """Converts the counts that :func:`right` returns, or sums of them, to error rates in %."""
     total, top1, top5 = counts.tolist()
     return OrderedDict(
         top1_error=100 * (total - top1) / total, top5_error=100 * (total - top5) / total

@@ -1,4 +1,4 @@
-"""What a classifier's training logs besides its loss."""
+"""Training error and throughput in the log of a classifier's training."""
 
 import logging
 
@@ -17,13 +17,14 @@ logger = logging.getLogger(__name__)
 class TrainingProgress(HookBase):
     """Logs the training error and the throughput every ``period`` iterations.
 
-    In metrics.json: train/top1_error and train/top5_error in percent, over all images of these
-    iterations and all processes, as the network was when it saw them; and images_per_second, not
-    counting the time of evaluations and checkpoints.
+    metrics.json gets train/top1_error and train/top5_error in percent, over all images of these
+    iterations on all processes, each with the weights at its iteration; and images_per_second,
+    which excludes the time of evaluations and checkpoints.
 
     Args:
-        batch_size: of all processes together.
-        period: that of detectron2's writers, which skip what is put in between.
+        batch_size: Number of images per iteration on all processes together.
+        period: Number of iterations between log entries. It must be the period of detectron2's
+            writers, which ignore scalars of other iterations.
     """
 
     def __init__(self, batch_size: int, period: int = 20):
@@ -43,7 +44,7 @@ class TrainingProgress(HookBase):
         scalars = {f"train/{name}": value for name, value in errors(counts).items()}
         histories = self.trainer.storage.histories()
         text = ""
-        if "time" in histories:  # the first iterations are not timed
+        if "time" in histories:  # detectron2 does not time the first iterations
             time = histories["time"].avg(self._period)
             waiting = histories["data_time"].avg(self._period) / time
             scalars["images_per_second"] = self._batch_size / time

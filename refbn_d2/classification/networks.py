@@ -1,4 +1,4 @@
-"""The networks of the classification track: LeNet-5, VGG-16, and those of torchvision or timm."""
+"""Networks for classification: LeNet-5, VGG-16, and those of torchvision and timm."""
 
 import difflib
 from typing import Callable, Dict
@@ -19,9 +19,10 @@ __all__ = ["LeNet5", "VGG16", "build_network"]
 
 
 def _init_convolutions(network: nn.Module) -> None:
-    """He et al. 2015, as in section 4.2.2 of the paper; linear layers stay as torch makes them.
+    """Initializes convolutions by He et al. 2015, as in section 4.2.2 of the paper.
 
-    (By He's rule, too, VGG-16's three of them start with a loss of 6 and learn nothing at first.)
+    Linear layers keep torch's initialization: with He's, VGG-16 with its three linear layers starts
+    at a loss of 6 and learns nothing at first.
     """
     for m in network.modules():
         if isinstance(m, nn.Conv2d):
@@ -30,10 +31,11 @@ def _init_convolutions(network: nn.Module) -> None:
 
 
 class LeNet5(nn.Module):
-    """LeNet-5 in the layout of 1998: C1 to F6 and the output, for images (N, 1, 32, 32).
+    """LeNet-5 with the layers of 1998, C1 to F6 and the output, for images (N, 1, 32, 32).
 
-    A norm follows each convolution. What the years since have changed: ReLU, which the
-    initialization is made for, plain average pooling, C3 connected to all of S2, linear outputs.
+    A norm follows each convolution. Differences to the original: ReLU (for which He's
+    initialization is made), average pooling without weights, C3 connected to all channels of S2,
+    and a linear output layer.
     """
 
     def __init__(self, num_classes: int = 10):
@@ -51,9 +53,10 @@ class LeNet5(nn.Module):
 
 
 class VGG16(nn.Module):
-    """VGG-16 for images (N, 3, 32, 32): linear layers as wide as its last feature map, 1x1x512.
+    """VGG-16 for images (N, 3, 32, 32), with linear layers of width 512.
 
-    torchvision's would copy that map to 7x7, for 103 million weights of its first linear layer.
+    The last feature map is 1x1x512. torchvision's VGG-16 would resize it to 7x7, so that the first
+    linear layer alone would have 103 million weights.
     """
 
     def __init__(self, num_classes: int = 10):
@@ -74,24 +77,25 @@ _OWN: Dict[str, Callable[[int], nn.Module]] = {"lenet5": LeNet5, "vgg16_32x32": 
 
 
 def build_network(name: str, norm: str, num_classes: int) -> nn.Module:
-    """A classifier with random weights whose BatchNorm layers are exchanged for ``norm``.
+    """Builds a classifier with random weights whose BatchNorm layers are replaced by ``norm``.
 
-    Weights are initialized by the network's own rule, which for LeNet-5, VGG and ResNet is He's.
-    The last norm of a ResNet's residual block starts at gamma = 0 (section 4.2.2 of the paper).
+    Each network initializes its weights itself; LeNet-5, VGG and ResNet use He's initialization.
+    The last norm of each residual block of a ResNet starts with gamma = 0 (section 4.2.2 of the
+    paper).
 
     Args:
-        name: "lenet5", "vgg16_32x32", a classifier of torchvision ("resnet50"), or "timm/" and the
-            name of one of timm.
-        norm: what ``get_norm`` knows, or "" to take the norms out.
-        num_classes: of the last layer.
+        name: Name of the network: "lenet5", "vgg16_32x32", a classifier of torchvision such as
+            "resnet50", or "timm/" followed by the name of a network of timm.
+        norm: Name of the norm type for detectron2's ``get_norm``, or "" to remove the norms.
+        num_classes: Number of outputs of the last layer.
 
     Returns:
         A module that maps images (N, C, H, W) to logits (N, num_classes). Its state dict has
         torchvision's (timm's) names.
 
     Raises:
-        UserError: no such network, timm is not installed, or the network has no norms that can be
-            exchanged.
+        UserError: If the network does not exist, timm is not installed, or the network has no norms
+            that can be replaced.
     """
     network = _build(name, num_classes)
     _exchange_norms(network, name, norm)
@@ -134,7 +138,8 @@ def _exchange_norms(network: nn.Module, name: str, norm: str) -> None:
     layers = {m: recognized(m) for m in norms}
     target = NORM_TYPES.get(norm)
     converts = target is not None and target.convertible
-    # A layer with an activation inside becomes another such layer, or stays.
+    # convert_norm keeps the activation inside a layer; get_norm's layers have none, so a layer with
+    # an activation can be replaced only by convert_norm.
     other = [m for m, found in layers.items() if found is None or found.activated and not converts]
     if other or (norm and not norms):
         what = "it has none; try its name + _bn"
@@ -143,7 +148,7 @@ def _exchange_norms(network: nn.Module, name: str, norm: str) -> None:
         raise UserError(
             f"MODEL.CLASSIFIER.NETWORK {name} with MODEL.CLASSIFIER.NORM {norm}: {what}"
         )
-    if converts:  # keeps eps and momentum, which are not the default in every network
+    if converts:  # keeps eps and momentum, for which some networks have their own values
         convert_norm(network, norm)
         return
     for parent in list(network.modules()):

@@ -1,4 +1,4 @@
-"""Training a classifier on the engine of the detectors."""
+"""A trainer for image classifiers, derived from the trainer for detectors."""
 
 from typing import Any, Dict, List
 
@@ -25,10 +25,10 @@ for data_set in (crops, image_folder, mnist):
 
 
 class ClassificationTrainer(Trainer):
-    """Trainer whose data sets are classified: dicts with "label" instead of "annotations".
+    """Trainer for data sets whose dicts have a "label" instead of "annotations".
 
-    A data set's metadata has the ``mapper``, a class: an instance is made with whether it is for
-    training, and makes of a dict one with "image", uint8 (C, H, W), "label" and "image_id".
+    The metadata of a data set contains its ``mapper`` class. The class is called with ``is_train``;
+    the instance converts a dict to one with "image", uint8 (C, H, W), "label" and "image_id".
     """
 
     @classmethod
@@ -58,7 +58,7 @@ class ClassificationTrainer(Trainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
-        """Batches of the size of those in training; detectron2's loader gives single images."""
+        """Builds a loader with the batch size of training; detectron2's has single images."""
         dataset = DatasetFromList(_dicts(cfg, dataset_name), copy=False)
         return DataLoader(
             MapDataset(dataset, cls.build_mapper(cfg, False)),
