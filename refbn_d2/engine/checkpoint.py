@@ -1,4 +1,4 @@
-"""Checkpoints that survive a crash, and weights that do not fit the model as an error."""
+"""Checkpoints that are written atomically, and errors for weights that do not fit the model."""
 
 import errno
 import os
@@ -21,20 +21,22 @@ from ..weights.folded import FOLDED_VAR
 
 __all__ = ["Checkpointer"]
 
-# A file of BatchNorm's has no reference: RefBN evaluates by its running statistics.
+# Buffers that evaluation does not need. BatchNorm weights have no reference; RefBN then evaluates
+# by its running statistics.
 _NO_PART_OF_EVALUATION = re.compile(r"\.(ref_\w+|num_batches_tracked)$")
 
 _CHECKPOINT = re.compile(r"model_(\d{7,}|final)\.pth")
 _RESNET_WEIGHT = re.compile(r"res\d\.\d+\.(conv\d|shortcut)(\.norm)?\.weight$")
-# Where it is missing, BatchNorm was fused into the weights: a live norm cannot start from those. Or
-# a reference has lost a part. (A file without any reference is not said to miss one.)
+# If running_var is missing, BatchNorm was fused into the weights, and a norm that trains cannot
+# start from them. If ref_mean or ref_var is missing, the reference is incomplete. (If the file has
+# no reference at all, these keys are not reported as missing.)
 _RESNET_STATISTICS = re.compile(
     r"res\d\.\d+\.(conv\d|shortcut)\.norm\.(running_var|ref_mean|ref_var)$"
 )
 
 
 def _dict_of(load: Callable[..., Any]) -> Callable[..., Dict[str, Any]]:
-    """``load``, with an error where a file holds anything but a dict."""
+    """Wraps ``load`` so that it raises an error if the content of the file is not a dict."""
 
     def loaded(*args: Any, **kwargs: Any) -> Dict[str, Any]:
         content = load(*args, **kwargs)
@@ -46,25 +48,26 @@ def _dict_of(load: Callable[..., Any]) -> Callable[..., Dict[str, Any]]:
 
 
 class Checkpointer(DetectionCheckpointer):
-    """DetectionCheckpointer whose files are whole or not there, and that resumes from whole ones.
+    """DetectionCheckpointer that writes files atomically and skips damaged checkpoints.
 
-    It refuses weights of another architecture: upstream loads what fits and logs the rest, which
-    trains a network from random weights after a typing error. Heads may differ (other classes); a
-    backbone may not.
+    It raises an error for weights of another architecture. Upstream loads the weights that fit and
+    logs the others, so that a typing error leads to training from random weights. The heads may
+    differ (other classes), the backbone may not.
 
     Attributes:
-        resumed_from: the checkpoint that training goes on from, or ''.
+        resumed_from: Path of the checkpoint from which training resumed, or ''.
     """
 
     resumed_from = ""
-    # What the model has and the file that was loaded last has not, in words; None: none was loaded.
+    # Descriptions of the weights of the model that the last loaded file lacks or has in another
+    # shape; None if no file was loaded.
     _unfit: Optional[List[str]] = None
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Writes a checkpoint that takes its name when all of it is on the disk.
+        """Writes a checkpoint atomically. Older checkpoints are kept if that fails.
 
         Raises:
-            UserError: a weight is not finite, or the disk is full. Older checkpoints stay.
+            UserError: If a weight is not finite, or if the file cannot be written.
         """
         if not self.save_dir or not self.save_to_disk:
             return
@@ -91,24 +94,24 @@ class Checkpointer(DetectionCheckpointer):
             ) from e
 
     def last_good(self) -> str:
-        """Which checkpoint there is to go back to, in words."""
+        """Describes the last good checkpoint, for an error message."""
         path = self.get_checkpoint_file()
         return f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        # Upstream empties the file first; a run killed in that moment could not resume.
+        # Upstream truncates the file first; a run that is killed at that moment could not resume.
         if "://" in self.save_dir:  # remote storage
             return super().tag_last_checkpoint(last_filename_basename)
         with atomic_write(os.path.join(self.save_dir, "last_checkpoint")) as f:
             f.write(last_filename_basename)
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> Dict[str, Any]:
-        """As upstream, but resumes from the newest checkpoint that is intact.
+        """Same as upstream, but resumes from the newest checkpoint that is intact.
 
-        That is the one which ``last_checkpoint`` names, or else the one written last.
+        That is the one named in ``last_checkpoint``, or the most recent other one if it is damaged.
 
         Raises:
-            UserError: there are checkpoints, but all are damaged.
+            UserError: If there are checkpoints but all are damaged.
         """
         self.resumed_from = self._newest_intact() if resume else ""
         if self.resumed_from:
@@ -116,7 +119,7 @@ class Checkpointer(DetectionCheckpointer):
         return self.load(path, checkpointables=[])
 
     def earlier_checkpoints(self, iteration: int) -> List[str]:
-        """Paths of the checkpoints before that of ``iteration`` but the final one, oldest first."""
+        """Paths of the checkpoints before ``iteration``, without model_final, oldest first."""
         files = {p.stem: str(p) for p in self._files() if p.stem != "model_final"}
         iterations = sorted(int(name[len("model_") :]) for name in files)
         return [files[f"model_{i:07d}"] for i in iterations if i < iteration]
@@ -126,7 +129,7 @@ class Checkpointer(DetectionCheckpointer):
         return [p for p in found if _CHECKPOINT.fullmatch(p.name)]
 
     def _newest_intact(self) -> str:
-        """The checkpoint to resume from, the same on every process, or ''."""
+        """Returns the path of the checkpoint to resume from, the same on every process, or ''."""
         if "://" in self.save_dir:
             return self.get_checkpoint_file() if self.has_checkpoint() else ""
         found, skipped = "", []
@@ -146,9 +149,9 @@ class Checkpointer(DetectionCheckpointer):
         return found
 
     def _search(self) -> Tuple[str, List[str]]:
-        """The checkpoint or '', and why others were skipped."""
+        """Returns the path of the newest intact checkpoint or '', and why others were skipped."""
         tagged = self.get_checkpoint_file()
-        if self.checkpointables:  # to train on; an evaluation may look at a run that is going on
+        if self.checkpointables:  # in training; an evaluation may read the folder of a running run
             for leftover in Path(self.save_dir).glob("*" + PARTIAL):
                 leftover.unlink()
         files = sorted(map(str, self._files()), key=os.path.getmtime, reverse=True)
@@ -162,22 +165,22 @@ class Checkpointer(DetectionCheckpointer):
         return "", skipped
 
     def _damage(self, path: str) -> str:
-        """Why training cannot go on from a checkpoint, or ''."""
+        """Returns why training cannot resume from a checkpoint, or '' if it can."""
         try:
             content = safe_pickle.load_torch(path)
             missing = [k for k in ("model", *self.checkpointables) if k not in content]
             return f"it has no {missing[0]!r}" if missing else ""
         except OSError as e:
             return e.strerror
-        except Exception as e:  # whatever reading a damaged file may raise
+        except Exception as e:  # a damaged file may raise any exception
             return first_sentence(e)
 
     def load(self, path: str, checkpointables=None) -> Dict[str, Any]:
-        # Upstream takes options behind a question mark.
+        # Upstream accepts options after a question mark.
         if path and "://" not in path and not os.path.isfile(path.split("?")[0]):
             raise UserError(f"weights {path!r}: no such file (MODEL.WEIGHTS)")
         if "://" in (path or "") and ".." in path:
-            # Downloads are kept below a cache folder under the path that the address has.
+            # The path of a downloaded file in the cache folder is that of its address.
             raise UserError(f"weights {path!r}: an address must not contain '..' (MODEL.WEIGHTS)")
         self._path = path
         try:
@@ -188,11 +191,11 @@ class Checkpointer(DetectionCheckpointer):
             raise UserError(f"weights {path!r} cannot be read: {first_sentence(e)}") from e
 
     def load_to_evaluate(self, path: str, *, resume: bool = False) -> None:
-        """As :meth:`resume_or_load`, for a model of which the file must have every weight.
+        """Same as :meth:`resume_or_load`, but the file must contain every weight of the model.
 
         Raises:
-            UserError: it lacks one, or has one of another shape, as heads of other classes; or
-                there is no file.
+            UserError: If there is no file, or if it lacks a weight or has one of another shape, for
+                example in a head for other classes.
         """
         self._unfit = None
         self.resume_or_load(path, resume=resume)
@@ -213,7 +216,7 @@ class Checkpointer(DetectionCheckpointer):
         if filename.endswith(".safetensors"):
             content = {"model": read_weights(filename)}
         else:
-            # A plain unpickler runs whatever a file asks it to.
+            # Python's own unpickler can execute code from the file.
             pickle = SimpleNamespace(load=_dict_of(safe_pickle.load))
             with exchanged("detectron2.checkpoint.detection_checkpoint:pickle", pickle):
                 with exchanged("torch:load", _dict_of(safe_pickle.load_torch)):
@@ -221,7 +224,7 @@ class Checkpointer(DetectionCheckpointer):
         weights = content["model"]
         if not isinstance(weights, dict) or not all(isinstance(k, str) for k in weights):
             raise UserError(f"weights {filename!r}: no names and tensors in it (MODEL.WEIGHTS)")
-        # Upstream knows the key "model", and takes the whole content without it.
+        # Upstream reads the key "model", or the whole content if there is no such key.
         inner = find_state_dict(weights)
         found = inner if inner.key else find_state_dict(content)
         if found.key != "model" or found.others:

@@ -1,4 +1,4 @@
-"""The command line of the training tools, which is detectron2's own."""
+"""The command line of the training tools, with detectron2's options."""
 
 import logging
 from typing import Type
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def _run(args, cfg: CfgNode, trainer_class: Type[Trainer]):
-    quiet_user_errors()  # this may be a process of its own
+    quiet_user_errors()  # needed here too, because this may run in a new process
     register_datasets(cfg)
     cfg = set_num_classes(cfg, args.eval_only)
     if args.eval_only:
@@ -55,13 +55,14 @@ def _evaluate(cfg: CfgNode, resume: bool, trainer_class: Type[Trainer]):
 
 @one_line_errors
 def train_command(trainer_class: Type[Trainer], usage: str) -> None:
-    """Parses the command line and trains or evaluates, in as many processes as it asks for.
+    """Parses the command line, and trains or evaluates in one or several processes.
 
-    They are started by ``--num-gpus`` and ``--num-machines``, or by torchrun or srun.
+    Processes are started according to ``--num-gpus`` and ``--num-machines``, or by torchrun or
+    srun.
 
     Args:
-        trainer_class: what trains.
-        usage: the text of ``--help`` above the options' list.
+        trainer_class: Class of the trainer.
+        usage: Text of ``--help`` above the list of options.
     """
     end_with_parent()
     args = default_argument_parser(usage).parse_args()

@@ -1,4 +1,4 @@
-"""What evaluates a data set: the evaluator that its evaluator_type names."""
+"""Builds the evaluator of a data set by its evaluator_type."""
 
 from importlib.util import find_spec
 from typing import List
@@ -34,15 +34,16 @@ _NEEDS = {
 
 
 def build_evaluator(cfg: CfgNode, name: str, output_dir: str) -> DatasetEvaluator:
-    """The evaluator of a data set, as detectron2's tools/train_net.py chooses it.
+    """Builds the evaluator of a data set, chosen as in detectron2's tools/train_net.py.
 
     Args:
-        cfg: its TEST.COCO_BACKEND computes the AP of boxes and masks.
-        name: of the data set; its metadata has the ``evaluator_type``.
-        output_dir: folder of the results files.
+        cfg: Config, whose TEST.COCO_BACKEND names the code that computes the AP.
+        name: Name of the data set. Its metadata contain the ``evaluator_type``.
+        output_dir: Folder of the results files.
 
     Raises:
-        UserError: the type is unknown, or a package that its evaluator needs is not installed.
+        UserError: If the type is unknown, or if a package that its evaluator needs is not
+            installed.
     """
     kind = MetadataCatalog.get(name).get("evaluator_type")
     package, remedy = _NEEDS.get(kind, ("", ""))

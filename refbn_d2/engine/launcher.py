@@ -1,4 +1,4 @@
-"""The processes of a run: started by detectron2's launch, or before, by torchrun or srun."""
+"""Starts the processes of a run with detectron2's launch, or joins those of torchrun or srun."""
 
 import multiprocessing
 import os
@@ -25,14 +25,14 @@ _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 
 
 def launcher_environment(env: Mapping[str, str]) -> Dict[str, str]:
-    """What torchrun tells each process that it starts, also where srun has started it.
+    """Returns torchrun's environment variables, derived from Slurm's if srun started the process.
 
     Args:
-        env: the environment of this process.
+        env: Environment variables of this process.
 
     Returns:
         The variables RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT;
-        nothing for a process that was started alone.
+        an empty dict for a process that was started alone.
     """
     if all(name in env for name in _TORCHRUN):  # first: srun may have started torchrun
         return {name: env[name] for name in _TORCHRUN}
@@ -48,7 +48,7 @@ def launcher_environment(env: Mapping[str, str]) -> Dict[str, str]:
         "LOCAL_RANK": env["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": re.match(r"\d+", env["SLURM_STEP_TASKS_PER_NODE"])[0],
         "MASTER_ADDR": host,
-        # Steps at the same time, of one job or of several, should not meet.
+        # Different ports for simultaneous steps, of one job or of several.
         "MASTER_PORT": str(20000 + (int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])) % 10000),
     }
     return {**found, **{k: env[k] for k in ("MASTER_ADDR", "MASTER_PORT") if k in env}}
@@ -58,13 +58,13 @@ def start(main: Callable[..., Any], args: Namespace, device: str, main_args: tup
     """Calls ``main(*main_args)`` in each process of the run.
 
     Args:
-        main: what to do in a process group, if there are several processes.
-        args: of detectron2's ``default_argument_parser``.
-        device: MODEL.DEVICE; processes that train on the CPU talk by gloo, others by NCCL.
-        main_args: arguments of ``main``.
+        main: Function to call. If there are several processes, they form a process group.
+        args: Command line, parsed by detectron2's ``default_argument_parser``.
+        device: MODEL.DEVICE. On the CPU processes communicate by gloo, on GPUs by NCCL.
+        main_args: Arguments of ``main``.
 
     Raises:
-        UserError: the launcher's environment and ``args`` disagree, or a process was killed.
+        UserError: If the launcher's environment contradicts ``args``, or if a process was killed.
     """
     env = launcher_environment(os.environ)
     if not env:
@@ -81,7 +81,7 @@ def start(main: Callable[..., Any], args: Namespace, device: str, main_args: tup
         )
     on_gpu = device.startswith("cuda")
     if on_gpu:
-        count = torch.cuda.device_count()  # srun may show each process its own alone
+        count = torch.cuda.device_count()  # 1 if srun shows each process only its own GPU
         if count == 0 or 1 < count < local_size:
             raise UserError(
                 f"MODEL.DEVICE is {device}, for {local_size} processes on a machine with {count} "
@@ -147,11 +147,11 @@ def _launch(main: Callable[..., Any], args: Namespace, device: str, main_args: t
 
 @contextmanager
 def _passed_on_signals() -> Iterator[List[int]]:
-    """Gives the signals that ask for an end to the started processes, and lets those end first."""
+    """Forwards the signals that request an end to the child processes and waits for their end."""
     received: List[int] = []
 
     def pass_on(signum, frame):
-        if signum == signal.SIGINT in received:  # by now the user means it
+        if signum == signal.SIGINT in received:  # the second Ctrl-C: stop at once
             raise KeyboardInterrupt
         received.append(signum)
         for child in multiprocessing.active_children():

@@ -1,4 +1,4 @@
-"""metrics.json as valid JSON lines, each iteration once, however often the run was interrupted."""
+"""Writing of metrics.json, which has each iteration only once even if a run is interrupted."""
 
 import json
 import math
@@ -11,10 +11,10 @@ __all__ = ["MetricsWriter"]
 
 
 class MetricsWriter(JSONWriter):
-    """JSONWriter that takes back the lines which an interrupted run has written in vain.
+    """JSONWriter that truncates metrics.json to the resumed iteration.
 
     Args:
-        path: of metrics.json. A torn last line is cut off.
+        path: Path of metrics.json. If its last line is incomplete, the line is removed.
     """
 
     def __init__(self, path: str):
@@ -24,19 +24,23 @@ class MetricsWriter(JSONWriter):
 
     @property
     def last_iteration(self) -> int:
-        """Iteration of the last line that this run may not write again, -1 if there is none."""
+        """Iteration of the last line, or -1. Up to it, nothing is written again."""
         return self._last_write
 
     def rewind(self, start_iter: int) -> None:
-        """Cuts off the iterations from ``start_iter`` on: the resumed run will write them."""
+        """Removes the iterations from ``start_iter`` on, which the resumed run will write again."""
         self._last_write = _cut(self._path, start_iter)
 
 
 def _cut(path: str, start_iter: float) -> int:
-    """Cuts off last lines, torn or of ``start_iter`` and later; the last iteration left, or -1."""
+    """Removes incomplete last lines and those from ``start_iter`` on.
+
+    Returns:
+        The last remaining iteration, or -1 if there is none.
+    """
     if not os.path.isfile(path):
         return -1
-    # In place: the writer appends to this very file, and cutting cannot be interrupted half-way.
+    # In place, because the writer has this file open for appending. Truncation is atomic.
     with open(path, "rb+") as f:
         lines = f.readlines()
         while lines:

@@ -1,4 +1,4 @@
-"""A trained detector on single images, and what two detectors see differently."""
+"""Runs a trained detector on single images, and compares the detections of two detectors."""
 
 from typing import Any, Dict, List, Optional
 
@@ -17,24 +17,24 @@ from .trainer import Trainer
 
 __all__ = ["Predictor", "coco_results", "draw", "have_counterpart"]
 
-# Shorter images are drawn enlarged, so that names and scores can be read.
+# Minimum length of the shorter side in pixels. Smaller images are enlarged to make text legible.
 _MIN_SIDE = 400
 _GREY = (0.65, 0.65, 0.65)
 
 
 class Predictor(DefaultPredictor):
-    """detectron2's DefaultPredictor whose weights are read and checked as in training.
+    """detectron2's DefaultPredictor that loads and checks weights like :class:`Trainer`.
 
     Args:
-        cfg: of the detector; its norms are built as in training.
-        weights: file of the trained weights.
+        cfg: Config of the detector. Its norms are built as in training.
+        weights: Path of the trained weights.
 
     Attributes:
-        model: in evaluation mode.
-        metadata: of the first data set of DATASETS.TEST: names of the classes.
+        model: Detector in evaluation mode.
+        metadata: Metadata of the first data set of DATASETS.TEST, with the names of the classes.
 
     Raises:
-        UserError: the weights cannot be read or are of another model.
+        UserError: If the weights cannot be read or do not fit the model.
     """
 
     def __init__(self, cfg: CfgNode, weights: str):
@@ -45,17 +45,23 @@ class Predictor(DefaultPredictor):
         Trainer.build_checkpointer(cfg, self.model).load_to_evaluate(weights, resume=False)
         names = cfg.DATASETS.TEST or cfg.DATASETS.TRAIN
         if names and names[0] in DatasetCatalog.list():
-            DatasetCatalog.get(names[0])  # loading it fills in the names of its classes
+            DatasetCatalog.get(names[0])  # sets the names of its classes in the metadata
         self.metadata = MetadataCatalog.get(names[0] if names else "__unnamed")
 
     def __call__(self, original_image: np.ndarray) -> Dict[str, Any]:
-        """The model's outputs for one image, (H, W, 3), uint8, BGR; on the CPU."""
+        """Returns the model's outputs on the CPU for one image, uint8 (H, W, 3) in BGR."""
         outputs = super().__call__(original_image)
         return {k: v.to("cpu") if hasattr(v, "to") else v for k, v in outputs.items()}
 
 
 def coco_results(instances: Instances, image_id: int, metadata: Metadata) -> List[Dict[str, Any]]:
-    """Detections of one image as entries of a COCO results file, with the data set's own ids."""
+    """Converts the detections of one image to entries of a COCO results file.
+
+    Args:
+        instances: Detections.
+        image_id: Id of the image in the data set.
+        metadata: Metadata of the data set, by which classes are mapped to its category ids.
+    """
     ids = metadata.get("thing_dataset_id_to_contiguous_id")
     original = {v: k for k, v in ids.items()} if ids else {}
     results = instances_to_coco_json(instances, image_id)
@@ -65,15 +71,15 @@ def coco_results(instances: Instances, image_id: int, metadata: Metadata) -> Lis
 
 
 def have_counterpart(instances: Instances, others: Instances, min_iou: float = 0.5) -> torch.Tensor:
-    """Which detections another model shares: same class, boxes that overlap.
+    """Finds detections to which another model has one of the same class with an overlapping box.
 
     Args:
-        instances: N detections.
-        others: those of the other model on the same image.
-        min_iou: intersection over union from which two boxes are the same object.
+        instances: N detections of one model.
+        others: Detections of the other model on the same image.
+        min_iou: Minimum intersection over union of the two boxes.
 
     Returns:
-        (N,), bool.
+        Whether each detection has a counterpart, bool (N,).
     """
     if len(instances) == 0 or len(others) == 0:
         return torch.zeros(len(instances), dtype=torch.bool)
@@ -88,16 +94,16 @@ def draw(
     metadata: Metadata,
     shared: Optional[torch.Tensor] = None,
 ) -> np.ndarray:
-    """The image with what a detector, or a segmentation model, found in it.
+    """Draws the outputs of a detector or a segmentation model on the image.
 
     Args:
-        image: (H, W, 3), uint8, BGR.
-        outputs: of :class:`Predictor`.
-        metadata: names and colours of the classes.
-        shared: (N,), bool, detections to be drawn in grey.
+        image: Image, uint8 (H, W, 3) in BGR.
+        outputs: Outputs of :class:`Predictor`.
+        metadata: Metadata with the names and colours of the classes.
+        shared: Detections to draw in grey, bool (N,); None for none.
 
     Returns:
-        (H', W', 3), uint8, BGR; at least 400 pixels on the shorter side.
+        The drawing, uint8 (H', W', 3) in BGR. Its shorter side has at least 400 pixels.
     """
     scale = max(1.0, _MIN_SIDE / min(image.shape[:2]))
     visualizer = Visualizer(image[:, :, ::-1], metadata, scale)
@@ -116,11 +122,11 @@ def _draw_instances(
     names = metadata.get("thing_classes", [])
     classes = instances.pred_classes.tolist()
     labels = [
-        # matplotlib takes text between two dollar signs for mathematics
+        # matplotlib would interpret text between two dollar signs as a formula
         f"{names[c] if c < len(names) else c} {score:.0%}".replace("$", r"\$")
         for c, score in zip(classes, instances.scores.tolist())
     ]
-    # Several classes: a colour each. One class: a colour for each object.
+    # One colour for each class, or for each object if there is only one class.
     keys = classes if len(names) > 1 else range(len(classes))
     palette = metadata.get("thing_colors") or colormap(rgb=True)
     colors = [np.array(palette[k % len(palette)]) / 255 for k in keys]

@@ -1,4 +1,4 @@
-"""OUTPUT_DIR: it belongs to one run at a time, and errors name it when it cannot be written."""
+"""OUTPUT_DIR of a run: locked by one run at a time, with errors if it cannot be written."""
 
 import os
 import re
@@ -18,48 +18,48 @@ from ..io.lock import folder_lock
 
 __all__ = ["check_exists", "output_errors", "run_folder"]
 
-# What a training run writes.
+# Names of the files that a training run writes.
 _FILES = re.compile(
     r"model_(\d{7,}|final)\.pth|last_checkpoint|metrics\.json|config\.yaml|reference\.json"
     r"|inference|log\.txt(\.rank\d+)?|events\.out\.tfevents\..*"
 )
-# Of these, what a run has as soon as it has made a step that is not forgotten.
+# A run that has saved or logged a step has at least one of these files.
 _CHECKPOINTS = "model_*.pth"
 _LINES = "metrics.json"
 _EARLIER = "earlier_run_"
 
-# Keys that make another model, or another course of random numbers, of a run; a resumed run has
-# those that it began with. All other keys are taken from the command that resumes.
+# Keys that change the model or the random numbers of a run. A resumed run must not change them. All
+# other keys may be changed when a run is resumed.
 _FIXED = re.compile(r"MODEL\..*|INPUT\.FORMAT|SEED")
-# Where a model runs, what it started from, and what only evaluation uses.
+# Exceptions: the device, the initial weights, and keys that only evaluation uses.
 _FREE = re.compile(r"MODEL\.DEVICE|MODEL\.WEIGHTS|MODEL\..*_TEST")
 
 
 def _is_local(folder: str) -> bool:
-    """Whether a folder is one of this machine's file systems, and no address."""
+    """Whether a folder is a local path and not the address of a remote storage."""
     return bool(folder) and "://" not in folder
 
 
 @contextmanager
 def run_folder(cfg: CfgNode, resume: bool) -> Iterator[List[str]]:
-    """Keeps OUTPUT_DIR for this run until the block ends.
+    """Context manager that locks OUTPUT_DIR for this run.
 
-    A run that begins anew moves what an earlier one has left there into a folder of its own: else
-    --resume would go on from the weights of another run if this one ended before its first
-    checkpoint, and metrics.json would be of both.
+    A new run moves the files of an earlier run to a subfolder. Otherwise, --resume would continue
+    from the weights of the earlier run if the new one ended before its first checkpoint, and
+    metrics.json would mix both runs.
 
-    Every process of the run has to call this.
+    Every process of the run must call this.
 
     Args:
-        cfg: of the run.
-        resume: whether to go on with the run that OUTPUT_DIR holds, if any.
+        cfg: Config of the run.
+        resume: Whether to continue the run in OUTPUT_DIR, if there is one.
 
     Yields:
-        What the log should say about the folder, on the main process.
+        Messages about the folder for the log. The list is empty on all processes but the main one.
 
     Raises:
-        UserError: another process has the folder, it cannot be written, or it holds a run of
-            another model.
+        UserError: If another process uses the folder, if it cannot be written, or if it contains a
+            run of another model.
     """
     notes: List[str] = []
     problem = ""
@@ -84,7 +84,10 @@ def run_folder(cfg: CfgNode, resume: bool) -> Iterator[List[str]]:
 
 @contextmanager
 def _quiet_writer_threads() -> Iterator[None]:
-    """No tracebacks of TensorBoard's thread: the trainer, too, meets what it meets, and says so."""
+    """Suppresses tracebacks of OSErrors in TensorBoard's thread.
+
+    The trainer gets the same error from its own files and reports it.
+    """
     previous = threading.excepthook
 
     def hook(args):
@@ -99,7 +102,7 @@ def _quiet_writer_threads() -> Iterator[None]:
 
 
 def _move_earlier_run(cfg: CfgNode, folder: Path) -> List[str]:
-    """Moves the files of an earlier run, if it got as far as a step, into a folder of their own."""
+    """Moves the files of an earlier run to a subfolder, if that run has saved or logged a step."""
     files = [p for p in folder.iterdir() if _FILES.fullmatch(p.name)]
     if not any(p.match(_CHECKPOINTS) or p.match(_LINES) for p in files):
         return []
@@ -116,7 +119,10 @@ def _move_earlier_run(cfg: CfgNode, folder: Path) -> List[str]:
 
 
 def _finish_moving(folder: Path) -> List[str]:
-    """Moves what is left to move; a start that was killed in the middle of it is no other run."""
+    """Moves the remaining files of an earlier run to the subfolder that was created for them.
+
+    This also completes a move during which a process was killed.
+    """
     notes = []
     for partial in folder.glob(_EARLIER + "*" + PARTIAL):
         for file in folder.iterdir():
@@ -129,10 +135,10 @@ def _finish_moving(folder: Path) -> List[str]:
 
 
 def _changes(cfg: CfgNode, folder: Path) -> List[str]:
-    """The keys that differ from those of the run that the folder holds.
+    """Describes the config keys that differ from those of the run in the folder.
 
     Raises:
-        UserError: one of them makes another model.
+        UserError: If one of them must not change when a run is resumed.
     """
     path = folder / "config.yaml"
     if not path.is_file() or not any(folder.glob(_CHECKPOINTS)):
@@ -141,7 +147,7 @@ def _changes(cfg: CfgNode, folder: Path) -> List[str]:
         content = plain_yaml.read(str(path))
     except UserError:
         content = None
-    # Where it is no config, the run was killed while it wrote the file.
+    # If the file is not a config, the run was killed while it wrote the file.
     before = _flat(content) if isinstance(content, dict) else {}
     now = _flat(yaml.safe_load(cfg.dump()))
     changed = [k for k, value in now.items() if before.get(k, value) != value]
@@ -155,7 +161,7 @@ def _changes(cfg: CfgNode, folder: Path) -> List[str]:
 
 
 def _flat(node: Dict[str, Any], prefix: str = "") -> Dict[str, Any]:
-    """Values by their whole keys, as in a command's KEY VALUE."""
+    """Flattens nested dicts to full keys, as in KEY VALUE on the command line."""
     found: Dict[str, Any] = {}
     for key, value in node.items():
         if isinstance(value, dict):
@@ -167,7 +173,7 @@ def _flat(node: Dict[str, Any], prefix: str = "") -> Dict[str, Any]:
 
 @contextmanager
 def output_errors(folder: str) -> Iterator[None]:
-    """Raises a UserError where a file below ``folder``, a run's OUTPUT_DIR, cannot be written."""
+    """Raises a UserError if a file in ``folder``, the OUTPUT_DIR of a run, cannot be written."""
     try:
         yield
     except OSError as e:
@@ -183,6 +189,6 @@ def output_errors(folder: str) -> Iterator[None]:
 
 
 def check_exists(folder: str) -> None:
-    """Raises a UserError if a run's OUTPUT_DIR is gone: evaluations would make it anew."""
+    """Raises a UserError if a run's OUTPUT_DIR was deleted; an evaluation would recreate it."""
     if _is_local(folder) and not os.path.isdir(folder):
         raise UserError(f"OUTPUT_DIR {folder} was deleted while the run went on")

@@ -19,15 +19,16 @@ logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
-# Environment variable: the process whose end is to end the one that it has started.
+# Environment variable with the id of the parent process, at whose end this process must end.
 PARENT = "REFBN_PARENT"
 
 
 def handle(handler: Callable[[int, Optional[FrameType]], None]) -> Dict[int, Any]:
-    """Makes ``handler`` that of SIGNALS, but for SIGHUP under nohup.
+    """Installs ``handler`` for SIGNALS, except for SIGHUP if it is ignored (nohup).
 
     Returns:
-        The handlers before, for :func:`restore`; none where Python allows none, in other threads.
+        The previous handlers, for :func:`restore`. Empty in threads other than the main one, where
+        Python does not allow handlers.
     """
     if threading.current_thread() is not threading.main_thread():
         return {}
@@ -37,15 +38,15 @@ def handle(handler: Callable[[int, Optional[FrameType]], None]) -> Dict[int, Any
 
 
 def restore(previous: Dict[int, Any]) -> None:
-    """Gives the signals the handlers that they had before :func:`handle`."""
+    """Restores the handlers that were installed before :func:`handle`."""
     for signum, handler in previous.items():
         signal.signal(signum, handler)
 
 
 def end_with_parent() -> None:
-    """Sends this process SIGTERM when the one that PARENT names, if any, has ended.
+    """Sends SIGTERM to this process when the parent process named by PARENT has ended.
 
-    However that has ended: a process that is killed cannot end those that it has started.
+    This also works if the parent was killed and could not end its children itself.
     """
     parent = os.environ.pop(PARENT, None)
     if parent is None:
@@ -60,17 +61,16 @@ def end_with_parent() -> None:
 
 
 class StopOnSignal(HookBase):
-    """Ends training after the step in which one of SIGNALS comes, with a checkpoint.
+    """On SIGTERM, SIGINT or SIGHUP: finishes the step, saves, and exits with 128 + signal.
 
-    One process that gets the signal stops all of them, after the same step. The exit status is what
-    shells and schedulers know such an end by, 128 + the signal's number: 143 for SIGTERM, 130 for
-    SIGINT, 129 for SIGHUP. A second SIGINT ends the process at once, and so does any signal once
-    the last step is done.
+    If one process gets the signal, all processes stop after the same step. The exit status follows
+    the convention of shells and schedulers: 143 for SIGTERM, 130 for SIGINT, 129 for SIGHUP. A
+    second SIGINT ends the process at once, and so does any signal after the last step.
 
-    To be the last hook of a step: its checkpoint is of a step that has been evaluated and logged.
+    This must be the last hook, so that the step of its checkpoint has been evaluated and logged.
 
     Args:
-        checkpointer: writes on the main process.
+        checkpointer: Checkpointer, which writes on the main process only.
     """
 
     def __init__(self, checkpointer: Checkpointer):
@@ -84,7 +84,7 @@ class StopOnSignal(HookBase):
 
     def _notice(self, signum: int, frame: Optional[FrameType]) -> None:
         if os.getpid() != self._pid:
-            return  # a worker of the data loader: this step, and only its owner ends it, needs it
+            return  # a worker of the data loader, which this step needs; its parent ends it
         if signum == self._received == signal.SIGINT:
             raise KeyboardInterrupt
         self._received = self._received or signum
@@ -93,7 +93,7 @@ class StopOnSignal(HookBase):
         iteration = self.trainer.iter
         last = iteration + 1 >= self.trainer.max_iter
         if last:
-            self._restore()  # nothing is lost any more: the evaluation can be repeated
+            self._restore()  # stopping now loses no step: only the evaluation would be repeated
         signum = max(comm.all_gather(self._received))
         if not signum:
             return
@@ -101,7 +101,7 @@ class StopOnSignal(HookBase):
         if not last and comm.is_main_process():
             if os.path.basename(self.checkpointer.get_checkpoint_file()) != f"{name}.pth":
                 self.checkpointer.save(name, iteration=iteration)
-        comm.synchronize()  # or the first process to leave would have the others killed
+        comm.synchronize()  # otherwise the launcher kills the others when the first process exits
         logger.warning(
             "%s: stopped after iteration %d; --resume goes on from %s",
             signal.Signals(signum).name,

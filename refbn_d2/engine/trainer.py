@@ -1,4 +1,4 @@
-"""DefaultTrainer with a reference, safe configs and errors that name what to mend."""
+"""detectron2's DefaultTrainer with a reference, exact resuming and errors that name the remedy."""
 
 import logging
 import os
@@ -50,16 +50,17 @@ logger = logging.getLogger(__name__)
 
 
 def setup(args, cfg: Optional[CfgNode] = None) -> CfgNode:
-    """Config of the command line (detectron2's ``default_argument_parser``), logging, seeds.
+    """Loads the config of the command line, and sets up logging and seeds.
 
-    An evaluation's log and config are with its results, and those of the training stay.
+    An evaluation writes its log and config to the subfolder of its results, so that those of the
+    training are kept.
 
     Args:
-        args: the parsed command line.
-        cfg: the config that it names, if it is loaded already.
+        args: Command line, parsed by detectron2's ``default_argument_parser``.
+        cfg: Config that the command line names, if it is already loaded.
 
     Raises:
-        UserError: a bad config.
+        UserError: If the config is invalid.
     """
     if cfg is None:
         cfg = load_config(args.config_file, args.opts)
@@ -76,7 +77,7 @@ def setup(args, cfg: Optional[CfgNode] = None) -> CfgNode:
 
 
 def _ddp(model, **kwargs):
-    # Upstream names the GPU of the local rank, which a model on the CPU refuses.
+    # Upstream passes the GPU of the local rank as device, which is an error for a model on the CPU.
     device = next(model.parameters()).device
     device_ids = [device.index] if device.type == "cuda" else None
     return create_ddp_model(model, device_ids=device_ids, **kwargs)
@@ -85,11 +86,11 @@ def _ddp(model, **kwargs):
 class Trainer(DefaultTrainer):
     """DefaultTrainer for RefBN, which can be interrupted at any moment and resumes exactly.
 
-    It captures the reference before the first step. Everything else is detectron2's: hooks,
-    writers, checkpoints, evaluation.
+    It captures the reference before the first step. Hooks, writers, checkpoints and evaluation are
+    based on detectron2's.
 
     Attributes:
-        metrics: what writes metrics.json, on the main process.
+        metrics: Writer of metrics.json; None on all processes but the main one.
     """
 
     metrics: Optional[MetricsWriter] = None
@@ -102,20 +103,20 @@ class Trainer(DefaultTrainer):
             cfg, self._trainer.model, trainer=weakref.proxy(self)
         )
         for hook in self._hooks:
-            if hasattr(hook, "checkpointer"):  # PeriodicCheckpointer holds the one it was made with
+            if hasattr(hook, "checkpointer"):  # PeriodicCheckpointer still has upstream's
                 hook.checkpointer = self.checkpointer
 
     @classmethod
     def check_data(cls, cfg: CfgNode, train: bool = True) -> None:
-        """Reads the data and raises before the first step what would else be raised after it.
+        """Reads and checks the data, so that errors occur before the first step.
 
         Args:
-            cfg: the config.
-            train: whether the model will be trained, not only evaluated.
+            cfg: Config of the run.
+            train: Whether the model will be trained, not only evaluated.
 
         Raises:
-            UserError: a file is missing or not as described, or classes, config, training data and
-                test data do not fit each other.
+            UserError: If a file is missing or invalid, or if classes, config, training data and
+                test data do not match.
         """
         if train:
             cls._train_dicts(cfg)
@@ -128,10 +129,10 @@ class Trainer(DefaultTrainer):
             cls.build_evaluator(cfg, name)
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """As upstream; what an interrupted run did after the checkpoint is taken back.
+        """Same as upstream, but also truncates metrics.json to the resumed iteration.
 
         Raises:
-            UserError: see :class:`Checkpointer`.
+            UserError: If weights cannot be loaded; see :class:`Checkpointer`.
         """
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         self.start_iter = self.iter + 1 if self.checkpointer.resumed_from else 0
@@ -144,15 +145,15 @@ class Trainer(DefaultTrainer):
                     hook.recent_checkpoints = earlier[-kept:]
 
     def save_final(self) -> None:
-        """Writes the final checkpoint if the interrupted run ended between the last two."""
+        """Writes model_final.pth if the run was interrupted after the last step but before it."""
         if os.path.basename(self.checkpointer.resumed_from) != "model_final.pth":
             self.checkpointer.save("model_final", iteration=self.iter)
 
     def run_step(self) -> None:
-        """One iteration.
+        """Runs one iteration.
 
         Raises:
-            UserError: the loss, or what it comes from, is not finite.
+            UserError: If the loss or a value that it depends on is not finite.
         """
         try:
             super().run_step()
@@ -179,16 +180,16 @@ class Trainer(DefaultTrainer):
             super().after_train()
 
     def state_dict(self) -> Dict[str, Any]:
-        # Release 0.6 of detectron2 leaves out the optimizer; later ones do just this.
+        # detectron2 0.6 omits the optimizer; later versions do the same as this line.
         return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         settings = [{k: v for k, v in g.items() if k != "params"} for g in self._groups]
         super().load_state_dict(state_dict)
-        # A run that switches mixed precision on has no state of its scaler.
+        # If mixed precision was off before, the checkpoint has no state of the gradient scaler.
         self._trainer.load_state_dict({**self._trainer.state_dict(), **state_dict["_trainer"]})
-        # Optimizer and scheduler come with the learning rates, momentum and weight decay of the
-        # run that was interrupted; its config may have been changed since.
+        # The checkpoint contains the learning rates, momentum and weight decay of the interrupted
+        # run. Restore those of the current config, which may differ.
         for group, setting in zip(self._groups, settings):
             group.update(setting)
         if isinstance(self.scheduler, LRMultiplier):
@@ -202,7 +203,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_checkpointer(cls, cfg: CfgNode, model, **checkpointables) -> Checkpointer:
-        """The one way in which training and ``--eval-only`` read weights."""
+        """Builds the checkpointer with which both training and ``--eval-only`` load weights."""
         return Checkpointer(model, cfg.OUTPUT_DIR, **checkpointables)
 
     @classmethod
@@ -211,12 +212,12 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_mapper(cls, cfg: CfgNode, is_train: bool):
-        """What turns a dataset dict into model input; errors name the image file."""
+        """Builds the function that maps a dataset dict to model input; its errors name the file."""
         return naming_the_file(DatasetMapper(cfg, is_train))
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
-        """detectron2's training loader, but for being able to go on where a run was interrupted."""
+        """Builds a loader like detectron2's that can continue at any iteration."""
         batch_size, rest = divmod(cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size())
         if batch_size < 1 or rest:
             raise UserError(
@@ -229,7 +230,7 @@ class Trainer(DefaultTrainer):
             lambda dataset, seed: cls._build_sampler(cfg, dataset, seed),
             cls.build_mapper(cfg, True),
             batch_size,
-            # Grouping by shape would mix the batches of that sampler again.
+            # Grouping by orientation would break up the batches of GroupedTrainingSampler.
             cfg.DATALOADER.ASPECT_RATIO_GROUPING and not grouped,
             cfg.DATALOADER.NUM_WORKERS,
             cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
@@ -243,7 +244,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def _build_sampler(cls, cfg: CfgNode, dataset: Dataset, seed: int) -> Sampler:
-        """The sampler that DATALOADER.SAMPLER_TRAIN names, over ``dataset``."""
+        """Builds the sampler DATALOADER.SAMPLER_TRAIN for ``dataset``."""
         if cfg.DATALOADER.SAMPLER_TRAIN == "GroupedTrainingSampler":
             groups = image_groups(dataset, cfg.DATALOADER.GROUP_FIELD)
             if cfg.DATALOADER.GROUPING_STRENGTH > 0 and len(set(groups)) < 2:
@@ -261,7 +262,7 @@ class Trainer(DefaultTrainer):
         cfg = cfg.clone()
         cfg.defrost()
         cfg.SEED = seed
-        with forked_rng(seed):  # several samplers of detectron2 know no SEED and draw one
+        with forked_rng(seed):  # several samplers of detectron2 ignore SEED and draw a random seed
             loader = build_detection_train_loader(
                 cfg, dataset=dataset, mapper=lambda d: d, aspect_ratio_grouping=False
             )
@@ -269,10 +270,10 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def _train_dicts(cls, cfg: CfgNode) -> Sequence[Dict[str, Any]]:
-        """The training data, in the one copy that the process has of it.
+        """Returns the training data, which each process reads only once.
 
         Raises:
-            UserError: see :func:`check_train_set`.
+            UserError: If the data are invalid; see :func:`check_train_set`.
         """
         return check_train_set(cfg).dicts
 
@@ -296,7 +297,8 @@ class Trainer(DefaultTrainer):
         """Evaluates with TEST.AUG, detectron2's test-time augmentation of R-CNNs.
 
         Returns:
-            As ``test``, with "_TTA" behind each name, like detectron2's tools/train_net.py.
+            The same as ``test``, with "_TTA" appended to each name, as in detectron2's
+            tools/train_net.py.
         """
         folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
         evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
@@ -305,10 +307,13 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def load_reference_batch(cls, cfg: CfgNode) -> List[Dict[str, Any]]:
-        """The reference batch B_fix: a global batch as one process would get it, augmented.
+        """Loads the reference batch B_fix: one global batch with the training augmentation.
 
-        Every process gets the same: images and augmentations depend on MODEL.REFBN.REFERENCE.SEED
-        and on nothing else.
+        Every process gets the same batch, because images and augmentations depend only on
+        MODEL.REFBN.REFERENCE.SEED.
+
+        Raises:
+            UserError: If the training data have too few images.
         """
         reference = cfg.MODEL.REFBN.REFERENCE
         num_images = reference.NUM_IMAGES or cfg.SOLVER.IMS_PER_BATCH
@@ -324,7 +329,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_reference_loader(cls, cfg: CfgNode, num_images: int):
-        """Batches of ``num_images`` on each process, in an order that only torch's RNG decides."""
+        """Builds a loader of batches of ``num_images`` images, in an order by torch's RNG only."""
         dataset = cls._train_dicts(cfg)
         return build_detection_train_loader(
             dataset,
@@ -355,7 +360,7 @@ class Trainer(DefaultTrainer):
         return list(self._hooks_of_a_run())
 
     def _hooks_of_a_run(self) -> Iterator[HookBase]:
-        """detectron2's hooks, some of them replaced, and ours before and behind them."""
+        """Yields our hooks and detectron2's, some of which are replaced, in their order."""
         cfg = self.cfg
         if reference_layers(self.model):
             reference = cfg.MODEL.REFBN.REFERENCE
@@ -369,7 +374,7 @@ class Trainer(DefaultTrainer):
             yield ExactResume(self._trainer.data_loader)
         for hook in super().build_hooks():
             if isinstance(hook, hooks.PreciseBN):
-                # It knows no mixed statistics and leaves each process with its own.
+                # PreciseBN does not handle mixed statistics, and its results differ by process.
                 yield StatisticsHook(
                     cfg.TEST.EVAL_PERIOD, lambda: self.recompute_statistics(cfg, self.model)
                 )

@@ -1,4 +1,4 @@
-"""Evaluates during training and, if it got there, at its end."""
+"""Evaluates during training and at the end of complete training."""
 
 from detectron2.engine import hooks
 
@@ -6,14 +6,14 @@ __all__ = ["EvalHook"]
 
 
 class EvalHook(hooks.EvalHook):
-    """Upstream's, but at the end of training it evaluates only what was trained to the end.
+    """Upstream's EvalHook, but it evaluates at the end only if all iterations were completed.
 
-    Upstream's also runs when the last step has failed or was stopped; on one process then, where
-    the others do not, it hangs.
+    Upstream also evaluates if the last step failed or was stopped. If that happened on one process
+    only, the evaluation would wait forever for the others.
     """
 
     def after_train(self):
         if self.trainer.iter >= self.trainer.max_iter:
-            # A run that resumes at its end counts one iteration too many.
+            # In a run that resumes after the last iteration, the storage is one iteration ahead.
             self.trainer.storage.iter = self.trainer.max_iter
             super().after_train()

@@ -1,4 +1,4 @@
-"""Shows how far training has got."""
+"""Shows the progress of training."""
 
 from typing import Optional
 
@@ -9,7 +9,7 @@ __all__ = ["ProgressBar"]
 
 
 class ProgressBar(HookBase):
-    """A progress bar with the time left and the loss; only where somebody looks at a terminal."""
+    """Progress bar with the remaining time and the loss; shown only if stderr is a terminal."""
 
     _bar: Optional[tqdm] = None
 

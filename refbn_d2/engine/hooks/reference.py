@@ -19,11 +19,13 @@ logger = logging.getLogger(__name__)
 
 
 def global_batch(loader: Iterable[List[Dict[str, Any]]]) -> List[Dict[str, Any]]:
-    """The first batch of a training loader on each process, put together: the same on all.
+    """Concatenates the first batches of the training loaders of all processes.
+
+    Every process must call this function and gets the same batch.
 
     Args:
-        loader: yields lists of dicts with "image", (C, H, W), as detectron2's loaders do. On every
-            process; each takes one batch from it.
+        loader: Loader of lists of dicts with "image" of shape (C, H, W), as detectron2's. Each
+            process takes one batch from its loader.
     """
     return list(itertools.chain(*comm.all_gather(next(iter(loader)))))
 
@@ -31,13 +33,14 @@ def global_batch(loader: Iterable[List[Dict[str, Any]]]) -> List[Dict[str, Any]]
 class ReferenceHook(HookBase):
     """Captures the reference before the first step, and again every ``refresh_period`` iterations.
 
-    A run that resumes has its reference from the checkpoint and keeps it.
+    A resumed run keeps the reference of its checkpoint.
 
     Args:
-        load_batch: returns the reference batch, the same on every process and at every call.
-        seed: what it was drawn with; also seeds the sampling in the forward pass.
-        refresh_period: in iterations, 0 for never.
-        output_dir: folder of ``reference.json``, which names the images; "" writes none.
+        load_batch: Function that returns the reference batch, the same on every process and in
+            every call.
+        seed: Seed with which the batch was drawn. It also seeds the sampling in the forward pass.
+        refresh_period: Number of iterations between captures; 0 to capture only once.
+        output_dir: Folder of ``reference.json``, which lists the images; "" to write no file.
 
     Example, in a training script of your own or detectron2's ``lazyconfig_train_net.py``::
 

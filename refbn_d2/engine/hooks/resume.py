@@ -1,4 +1,4 @@
-"""Lets an interrupted run go on as if nothing had happened."""
+"""Makes a resumed run continue exactly like a run that was not interrupted."""
 
 from typing import Any, Dict
 
@@ -12,24 +12,24 @@ __all__ = ["ExactResume"]
 
 
 class ExactResume(HookBase):
-    """Lets a run that was interrupted go on as if nothing had happened, bit for bit on a CPU.
+    """Makes a resumed run equal to one that was not interrupted, bit for bit on a CPU.
 
-    Weights, optimizer and schedule are in detectron2's checkpoint. What is missing is
+    detectron2's checkpoint contains weights, optimizer and schedule. This hook adds:
 
-    * chance: here every iteration's random numbers depend on the run's seed and the iteration
-      alone, and so do the images it gets. The seed is in the checkpoint, hence this works without
-      SEED, too;
-    * the scalars of the last iterations, whose medians are logged, and those not logged yet;
-    * what comes after a checkpoint in its iteration: evaluating and logging it. The resumed run
-      begins with that, unless metrics.json shows that it was done.
+    * Random numbers. In each iteration they depend only on the seed of the run and the iteration,
+      and so do the images. The checkpoint contains the seed, so this also works without SEED.
+    * Scalars. The checkpoint contains those of the last iterations, whose medians are logged, and
+      those that have not been logged yet.
+    * Evaluation and logging of the iteration of the checkpoint, which follow the checkpoint. The
+      resumed run begins with them, unless metrics.json shows that they were done.
 
     Args:
-        loader: the trainer's.
+        loader: Training loader of the trainer.
     """
 
-    # As many values as the writers take the median of.
+    # Number of values of which the writers log the median.
     _WINDOW = 20
-    # What another process took says nothing about this one.
+    # Times are not restored, because those of the interrupted process do not apply to this one.
     _TIMES = ("data_time", "eta_seconds", "rank_data_time", "time")
 
     def __init__(self, loader: TrainLoader):
@@ -38,7 +38,7 @@ class ExactResume(HookBase):
 
     def state_dict(self) -> Dict[str, Any]:
         state: Dict[str, Any] = {"seed": self._loader.seed}
-        storage = getattr(self.trainer, "storage", None)  # there is none before training
+        storage = getattr(self.trainer, "storage", None)  # it does not exist before training
         if storage is None or self.trainer.metrics is None:
             return state
         state["scalars"] = scalars = {}
@@ -59,7 +59,7 @@ class ExactResume(HookBase):
             storage = self.trainer.storage
             for name, (smooth, values) in self._scalars.items():
                 for value, iteration in values:
-                    storage.iter = iteration  # release 0.6 does not take it as an argument
+                    storage.iter = iteration  # put_scalar of detectron2 0.6 has no such argument
                     storage.put_scalar(name, value, smoothing_hint=smooth)
             self._finish_iteration()
 
@@ -76,5 +76,6 @@ class ExactResume(HookBase):
         trainer.iter = trainer.storage.iter = trainer.start_iter
 
     def before_step(self):
-        # The loader's keys are shorter: no step repeats the random numbers of an image.
+        # The key has one element more than the loader's keys, so the seeds differ from those of
+        # images.
         seed_rng(derived_seed(self._loader.seed, comm.get_rank(), self.trainer.iter, 0))

@@ -10,11 +10,11 @@ __all__ = ["StatisticsHook"]
 class StatisticsHook(HookBase):
     """Recomputes the inference statistics before evaluations and at the end of training.
 
-    Takes the place of detectron2's PreciseBN hook, with its config keys TEST.PRECISE_BN.
+    It replaces detectron2's PreciseBN hook and uses the same config keys, TEST.PRECISE_BN.
 
     Args:
-        period: in iterations, 0 for the end only.
-        recompute: does it.
+        period: Number of iterations between recomputations; 0 for the end of training only.
+        recompute: Function that recomputes the statistics.
     """
 
     def __init__(self, period: int, recompute: Callable[[], None]):
