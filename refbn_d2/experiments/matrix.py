@@ -22,21 +22,21 @@ _KEYS |= {"CLASSIFIER_OPTS", "PRETRAINING_SEED", "PROTOCOL"}
 
 @dataclass(frozen=True)
 class RunSpec:
-    """What one run of a matrix is to be: a detector, and the pretraining that it starts from.
+    """Specification of one run of a matrix: a detector, and the pretraining that it starts from.
 
     Attributes:
-        name: under which its results are reported.
-        norm: norm type of the detector's backbone, as in NORM.
-        pretrained: the norm that the backbone was pretrained with.
+        name: Name under which its results are reported.
+        norm: Norm type of the detector's backbone, as in NORM.
+        pretrained: Norm type with which the backbone was pretrained.
         seed: SEED of the training, and of the pretraining unless ``pretraining_seed`` is set.
-        config: config file of the detector.
-        classifier: config file of the pretraining, or None to start from MODEL.WEIGHTS.
-        ims_per_batch: SOLVER.IMS_PER_BATCH, over all processes.
+        config: Path of the detector's config.
+        classifier: Path of the pretraining's config, or None to start from MODEL.WEIGHTS.
+        ims_per_batch: SOLVER.IMS_PER_BATCH, the number of images per batch on all processes.
         grouping: DATALOADER.GROUPING_STRENGTH, 0 for i.i.d. batches.
-        opts: KEY VALUE pairs for the detector, its norm among them.
-        pretraining_opts: KEY VALUE pairs for the pretraining, its norm among them.
-        protocol: how norms are compared, in words; runs are compared within one protocol. May be
-            empty.
+        opts: KEY VALUE pairs for the detector, including its norm.
+        pretraining_opts: KEY VALUE pairs for the pretraining, including its norm.
+        protocol: Name of the protocol of the comparison; only runs of the same protocol are
+            compared. May be empty.
         pretraining_seed: SEED of a pretraining that runs of all seeds share, or None.
     """
 
@@ -55,7 +55,7 @@ class RunSpec:
 
     @property
     def folder(self) -> Path:
-        """Below the output folder."""
+        """Path of the run's folder, relative to the output folder."""
         condition = f"batch{self.ims_per_batch}_grouping{self.grouping:g}"
         return Path(
             _folder_name(self.protocol), _folder_name(self.name), condition, f"seed{self.seed}"
@@ -73,8 +73,9 @@ class RunSpec:
     def detector_opts(self) -> List[str]:
         """KEY VALUE pairs for the detector's config.
 
-        Another batch size than the config's scales the learning rate in proportion and the schedule
-        inversely, as SOLVER.REFERENCE_WORLD_SIZE does: every run sees the same number of images.
+        If the batch size differs from the config's, the learning rate is scaled in proportion and
+        the schedule inversely, as with SOLVER.REFERENCE_WORLD_SIZE, so that every run trains on the
+        same number of images.
         """
         cfg = load_config(self.config, list(self.opts))
         solver = cfg.SOLVER
@@ -99,7 +100,7 @@ class RunSpec:
         return [*self.pretraining_opts, "SEED", str(self.classifier_seed)]
 
     def settings(self) -> Dict[str, Optional[str]]:
-        """Hashes of what decides the result besides the code: both configs, bases included."""
+        """Hashes of both configs with their bases, which determine the result besides the code."""
         pretraining = self.classifier and _fingerprint(self.classifier, self.classifier_opts())
         return {
             "detector": _fingerprint(self.config, self.detector_opts()),
@@ -108,7 +109,7 @@ class RunSpec:
 
 
 def _folder_name(name: str) -> str:
-    """A name as that of one folder, which lies in the folder that it is asked for in."""
+    """Converts a name to a valid folder name, which cannot point outside the parent folder."""
     return re.sub(r"[^\w.=-]+|^\.+", "_", name)
 
 
@@ -117,16 +118,24 @@ def _fingerprint(config: str, opts: List[str]) -> str:
 
 
 def load_matrix(path: str) -> List[RunSpec]:
-    """Reads a matrix file: the product of the axes below, or a list of such products.
+    """Reads a matrix file, which contains one product of axes or a list of products.
 
-    Their keys, config paths relative to the file: DETECTOR and CLASSIFIER (optional), config files
-    whose norm is replaced; NORMS, a list of norm types or of {name, norm, pretrained, opts}; lists
-    SEEDS, IMS_PER_BATCH, GROUPING_STRENGTH; OPTS and CLASSIFIER_OPTS, KEY VALUE pairs for all runs
-    and all pretraining; PRETRAINING_SEED, to pretrain once for all seeds; PROTOCOL, the name of the
-    product where there are several.
+    The keys of a product are:
+
+    * DETECTOR, CLASSIFIER (optional): config files whose norm is replaced; paths are relative to
+      the matrix file.
+    * NORMS: list of norm types or of {name, norm, pretrained, opts}.
+    * SEEDS, IMS_PER_BATCH, GROUPING_STRENGTH: lists of values.
+    * OPTS, CLASSIFIER_OPTS: KEY VALUE pairs for all runs and for all pretraining.
+    * PRETRAINING_SEED: seed of one pretraining for all seeds.
+    * PROTOCOL: name of the product if there are several.
+
+    Args:
+        path: Path of the YAML file.
 
     Raises:
-        UserError: the file is missing, malformed, or names a config or a norm that does not exist.
+        UserError: If the file is missing or malformed, or names a config or a norm that does not
+            exist.
     """
     matrix = plain_yaml.read(path)
     specs = []
@@ -151,7 +160,7 @@ def load_matrix(path: str) -> List[RunSpec]:
     return specs
 
 
-# What each value of an axis must be, and how to say so.
+# Condition for the values of each axis, and its description for an error message.
 _AXES: Dict[str, Tuple[Callable[[Any], bool], str]] = {
     "SEEDS": (lambda v: is_int(v) and 0 <= v < 2**31, "whole numbers >= 0"),
     "IMS_PER_BATCH": (lambda v: is_int(v) and v > 0, "whole numbers > 0"),
@@ -161,7 +170,7 @@ _MAX_RUNS = 10_000
 
 
 def _check_part(path: str, part: Dict[str, Any]) -> None:
-    """Raises a UserError that names the key whose value has another form than it must have."""
+    """Raises a UserError that names the first key with an invalid value."""
     for key, (is_right, words) in _AXES.items():
         values = part.get(key, [])
         if not isinstance(values, list) or not all(map(is_right, values)):
@@ -251,7 +260,7 @@ def _config_file(path: str, key: str, file: Path) -> str:
 
 
 def _with_norm(path: str, config: str, opts: List[Any], norm: str) -> Tuple[str, ...]:
-    """KEY VALUE pairs ``opts`` and the one that gives the config's backbone ``norm``."""
+    """Appends the KEY VALUE pair that sets the norm of the config's backbone to ``opts``."""
     if norm and norm not in known_norms():
         raise UserError(
             f"matrix {path}: unknown norm {norm!r}: known are {', '.join(known_norms())}"

@@ -1,4 +1,4 @@
-"""What running a matrix takes: its steps, the data they need, and about how long they take."""
+"""Plans a matrix: its trainings, their estimated time, and a check of the data that they need."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from .runner import is_finished, is_pretrained
 
 __all__ = ["PlannedTraining", "check_data", "planned_trainings"]
 
-# Images a second that one V100 trains on, as published for eight of them. detectron2's model zoo,
+# Training images per second of one V100, from published numbers for eight. detectron2's model zoo,
 # Mask R-CNN R50-C4 1x with FrozenBN: 0.584 s for 16 images. NVIDIA's DeepLearningExamples, PyTorch
 # ResNet-50 in large batches: 2,855 images a second in float32, 8,322 in mixed precision.
 _DETECTOR_RATE = 16 / 0.584 / 8
@@ -28,11 +28,11 @@ class PlannedTraining:
     """One training of a matrix.
 
     Attributes:
-        what: in words.
-        folder: of the run.
-        images: that it trains on, each time it sees one counted.
-        v100_hours: GPU hours of a full-size network on V100s, by published throughputs.
-        finished: whether the output folder holds its result.
+        what: Description of the training.
+        folder: Folder of the run.
+        images: Number of training images, counted once for each use (iterations x batch size).
+        v100_hours: Estimated GPU hours of a full-size network on V100s, by published throughputs.
+        finished: Whether the output folder contains its result.
     """
 
     what: str
@@ -43,7 +43,12 @@ class PlannedTraining:
 
 
 def planned_trainings(specs: List[RunSpec], output: Path) -> List[PlannedTraining]:
-    """The steps of ``run_matrix``, in its order."""
+    """Returns the trainings of ``run_matrix``, in the order in which they run.
+
+    Args:
+        specs: Runs of the matrix.
+        output: Output folder of the matrix.
+    """
     found = []
     stages: Dict[Path, RunSpec] = {c.classifier_folder: c for c in specs if c.classifier}
     for folder, spec in stages.items():
@@ -68,12 +73,15 @@ def _planned(what: str, folder: Path, cfg: CfgNode, rate: float, finished: bool)
 
 
 def check_data(specs: List[RunSpec]) -> None:
-    """Makes sure that data sets and weights are there before hours are spent.
+    """Checks before any training that all data sets and weights exist.
 
-    Weights behind a URL are downloaded, to where detectron2 keeps them.
+    Weights at a URL are downloaded to detectron2's cache.
+
+    Args:
+        specs: Runs of the matrix.
 
     Raises:
-        UserError: naming the first that is not.
+        UserError: If a data set or a weights file is missing; the message names the first.
     """
     configs = {(c.config, *c.detector_opts()): not c.classifier for c in specs}
     configs.update({(c.classifier, *c.classifier_opts()): True for c in specs if c.classifier})
@@ -89,8 +97,8 @@ def check_data(specs: List[RunSpec]) -> None:
     for path in weights:
         try:
             found = Path(PathManager.get_local_path(path)).is_file()
-        except Exception as e:  # whatever a download may raise
-            raise UserError(f"weights {path} cannot be had: {e} (MODEL.WEIGHTS)") from None
+        except Exception as e:  # a download may raise any exception
+            raise UserError(f"weights {path} cannot be read: {e} (MODEL.WEIGHTS)") from None
         if not found:
             raise UserError(f"weights {path}: no such file (MODEL.WEIGHTS)")
 
@@ -100,6 +108,6 @@ def _check_data_set(name: str) -> None:
         metadata = MetadataCatalog.get(name)
         json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
         if not json_file or not Path(json_file).exists():
-            DatasetCatalog.get(name)  # says what is missing, or generates it
+            DatasetCatalog.get(name)  # raises an error that names the file, or generates it
         if image_root and not Path(image_root).exists():
             raise FileNotFoundError(None, None, image_root)

@@ -1,4 +1,4 @@
-"""Running a matrix of experiments: what is finished is skipped, what fails is survived."""
+"""Runs a matrix of experiments: skips finished runs, and continues if a run fails."""
 
 import json
 import os
@@ -32,18 +32,18 @@ __all__ = ["is_finished", "is_pretrained", "record_of", "run_matrix"]
 
 _BACKBONE = "backbone.pth"
 
-# glibc gives the memory of large tensors back to the system, which clears it anew in every step: a
-# tenth of a step's time on a CPU. 32 MB is the largest threshold that glibc takes.
+# By default glibc returns the memory of large tensors to the system, which then clears it again in
+# every step. On a CPU that takes a tenth of the time. 32 MB is the largest threshold of glibc.
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
 
 
 def is_pretrained(spec: RunSpec, output: Path) -> bool:
-    """Whether the backbone that a run starts from is trained and converted."""
+    """Whether the backbone from which a run starts has been trained and converted."""
     return (output / spec.classifier_folder / _BACKBONE).exists()
 
 
 def is_finished(spec: RunSpec, output: Path) -> bool:
-    """Whether a run is trained and evaluated."""
+    """Whether a run has been trained and evaluated."""
     file = output / spec.folder / "run.json"
     return file.exists() and _read(file).get("status") == "finished"
 
@@ -56,7 +56,7 @@ class _Runner:
     def __init__(self, output: Path, num_gpus: int, jobs: int, progress: Progress):
         self._output, self._num_gpus, self._progress = output, num_gpus, progress
         threads = max(1, (os.cpu_count() or 1) // jobs)
-        # The children end with this process, however it ends.
+        # By PARENT, child processes end when this process ends, even if it is killed.
         self._env = {**_KEEP_MEMORY, **os.environ, PARENT: str(os.getpid())}
         self._env["OMP_NUM_THREADS"] = str(threads)
         self._gpus = _gpu_sets(num_gpus, jobs)
@@ -70,7 +70,7 @@ class _Runner:
                 child.terminate()
 
     def check(self, spec: RunSpec) -> None:
-        """Raises a UserError if the output folder holds the run with other settings."""
+        """Raises a UserError if the output folder contains this run with other settings."""
         settings = record_of(spec)["settings"]
         for file, keys in (
             (self._output / spec.folder / "run.json", ("detector", "pretraining")),
@@ -83,7 +83,7 @@ class _Runner:
                 )
 
     def _train(self, command: str, config: str, folder: Path, opts: List[str], label: str) -> None:
-        """Runs ``refbn-d2 train`` or ``classify`` to its end, in a process of its own."""
+        """Runs ``refbn-d2 train`` or ``classify`` in a new process and waits for its end."""
         device = [] if self._num_gpus else ["MODEL.DEVICE", "cpu"]
         arguments = ["--config-file", config, "--num-gpus", str(self._num_gpus), "--resume"]
         arguments += ["OUTPUT_DIR", str(folder), *device, *opts]
@@ -97,7 +97,7 @@ class _Runner:
             self._progress.remove_task(task)
 
     def _wait_until_free(self, folder: Path) -> None:
-        """Waits for a child of an earlier call that was killed: it still writes its checkpoint."""
+        """Waits for a child of an earlier, killed call, which may still write its checkpoint."""
         who = holder(folder)
         if who:
             _say(self._progress.console, f"waiting: {folder} is in use by {who}")
@@ -120,7 +120,7 @@ class _Runner:
                 env={**self._env, **({} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus})},
             )
             self._children.append(child)
-            if self._stop.is_set():  # in the meantime
+            if self._stop.is_set():  # stop() may not have seen this child
                 child.terminate()
             while child.poll() is None:
                 try:
@@ -179,7 +179,7 @@ class _Runner:
 
 
 def _gpu_sets(num_gpus: int, jobs: int) -> "queue.Queue[Optional[str]]":
-    """CUDA_VISIBLE_DEVICES of the runs that go on at a time; None leaves it as it is."""
+    """Returns a queue with CUDA_VISIBLE_DEVICES for each simultaneous run; None if unchanged."""
     sets: "queue.Queue[Optional[str]]" = queue.Queue()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else [str(n) for n in range(torch.cuda.device_count())]
@@ -193,17 +193,17 @@ def _gpu_sets(num_gpus: int, jobs: int) -> "queue.Queue[Optional[str]]":
 
 
 def _say(console: Console, line: str) -> None:
-    """Prints a line as it is: names and messages may look like markup."""
+    """Prints a line without rich's markup, which names and messages might contain."""
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _reason(status: int, log: Path, begin: int) -> str:
-    """Why a process ended, in one line.
+    """Describes in one line why a process failed.
 
     Args:
-        status: of ``subprocess``, negative for a signal.
-        log: what it printed.
-        begin: where in the log its output begins, in bytes.
+        status: Return code of ``subprocess``, negative for a signal.
+        log: Path of the file with the output of the process.
+        begin: Offset in the file at which the output of this process begins, in bytes.
     """
     number = -status if status < 0 else status - 128
     if number > 0:
@@ -212,7 +212,7 @@ def _reason(status: int, log: Path, begin: int) -> str:
     with open(log, "rb") as f:
         f.seek(begin)
         text = f.read().decode(errors="replace")
-    # A progress bar rewrites its line.
+    # A progress bar uses \r to rewrite its line.
     lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines or ["no output"])[-1]
@@ -222,12 +222,12 @@ def _last_iteration(metrics: Path) -> int:
     try:
         last = metrics.read_text().strip().splitlines()[-1]
         return json.loads(last)["iteration"]
-    except (OSError, IndexError, KeyError, json.JSONDecodeError):  # not there yet, or half a line
+    except (OSError, IndexError, KeyError, json.JSONDecodeError):  # no file yet, or a partial line
         return 0
 
 
 def record_of(spec: RunSpec) -> Dict[str, Any]:
-    """What a run's ``run.json`` says about it, but for how it went."""
+    """Returns the content of a run's ``run.json`` without its status and time."""
     cfg = load_config(spec.config, spec.detector_opts())
     if not cfg.DATASETS.TEST:
         raise UserError(f"{spec.name}: DATASETS.TEST is empty: a run of a matrix is evaluated")
@@ -249,7 +249,7 @@ def record_of(spec: RunSpec) -> Dict[str, Any]:
 def _read(file: Path) -> Dict[str, Any]:
     content = read_json(file)
     if not isinstance(content, dict):
-        raise UserError(f"{file}: is no record of a run, but a {type(content).__name__}")
+        raise UserError(f"{file}: is not a record of a run, but a {type(content).__name__}")
     return content
 
 
@@ -265,23 +265,24 @@ def _write(path: Path, record: Dict[str, Any]) -> None:
 def run_matrix(
     specs: List[RunSpec], output: Path, num_gpus: int, jobs: int
 ) -> List[Dict[str, Any]]:
-    """Runs what is not finished yet, ``jobs`` runs at a time, each in a process of its own.
+    """Runs the unfinished runs, ``jobs`` at a time, each in its own process.
 
-    Interrupted, it can be called again and goes on: finished runs are skipped, started ones resume
-    from their last checkpoint. A run that fails is recorded as failed, the others go on.
+    After an interruption, call it again with the same arguments: finished runs are skipped, started
+    runs resume from their last checkpoint. If a run fails, it is recorded as failed and the other
+    runs continue.
 
     Args:
-        specs: see :func:`load_matrix`.
-        output: folder; each run has one of its own below it, with a ``run.json``.
-        num_gpus: per run; 0 for the CPU.
-        jobs: runs at a time, which share the cores; each has GPUs of its own.
+        specs: Runs of the matrix, from :func:`load_matrix`.
+        output: Output folder. Each run has a subfolder with a ``run.json``.
+        num_gpus: Number of GPUs per run; 0 for the CPU.
+        jobs: Number of simultaneous runs. They share the CPU cores; each has its own GPUs.
 
     Returns:
         The record of each run, as in its ``run.json``.
 
     Raises:
-        UserError: ``output`` holds one of the runs with another config, another process runs one
-            of the seeds in it, or there are not enough GPUs.
+        UserError: If ``output`` contains one of the runs with another config, if another process
+            runs one of the seeds in it, or if there are not enough GPUs.
     """
     console = Console(stderr=True)
     columns = (
@@ -291,7 +292,7 @@ def run_matrix(
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
     )
     with ExitStack() as stack:
-        # Runs of different seeds share nothing: several machines may take some seeds each.
+        # Runs of different seeds share no files, so several machines can run different seeds.
         for seed in sorted({spec.seed for spec in specs}):
             stack.enter_context(folder_lock(output, name=f".lock_seed{seed}"))
         progress = stack.enter_context(Progress(*columns, console=console))
