@@ -1,4 +1,4 @@
-"""Finds what to compare: results named on the command line, or run folders below a folder."""
+"""Finds the runs to compare: results named on the command line, or run folders in a folder."""
 
 import json
 import math
@@ -20,16 +20,16 @@ class Run:
     """One training run, or one results file that stands for it.
 
     Attributes:
-        name: of the norm; runs of one name under one condition are seeds of each other.
-        seed: of the training, or the place of the file among those of its name.
-        results: detections in COCO format.
-        ims_per_batch: images a batch, if known.
-        grouping: how far batches are from i.i.d., 0 (i.i.d.) to 1, if known.
-        protocol: how norms are compared, in words, if there is more than one way.
+        name: Name of the norm. Runs with the same name and condition differ only in the seed.
+        seed: Seed of the training, or the position of the file among those of its name.
+        results: Path of the detections in COCO format.
+        ims_per_batch: Number of images per batch, if known.
+        grouping: Grouping strength of the batches, from 0 (i.i.d.) to 1, if known.
+        protocol: Name of the protocol of the comparison, if there are several.
         pretraining_seed: SEED of the pretraining that runs of all seeds share, if they share one.
-        log: detectron2's metrics.json, if any.
-        gt, image_root: as the run folder names them.
-        error: why there are no results, or ''.
+        log: Path of detectron2's metrics.json, if it exists.
+        gt, image_root: Paths of the ground truth and the images, if the run folder names them.
+        error: Reason why there are no results, or ''.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Run:
 
     @property
     def condition(self) -> str:
-        """What the run has in common with those it may be compared with, in words."""
+        """Description of the settings that must be equal in runs that are compared."""
         parts = [self.protocol] if self.protocol else []
         if self.ims_per_batch is not None:
             parts.append(f"{self.ims_per_batch} image{'s' * (self.ims_per_batch != 1)} a batch")
@@ -56,7 +56,10 @@ class Run:
 
 
 def named_results(arguments: Sequence[str]) -> List[Run]:
-    """Runs from ``NAME=a.json,b.json`` arguments; several files of a name are seeds.
+    """Parses ``NAME=a.json,b.json`` arguments; several files of a name are runs with other seeds.
+
+    Args:
+        arguments: Arguments of --results.
 
     Raises:
         UserError: for a malformed argument, a repeated name, or one file given as two seeds.
@@ -77,10 +80,14 @@ def named_results(arguments: Sequence[str]) -> List[Run]:
 
 
 def find_runs(folder: Path) -> List[Run]:
-    """Runs of all folders below ``folder`` that have a run.json, finished or not.
+    """Finds the runs in all subfolders that have a run.json, finished or not.
+
+    Args:
+        folder: Folder to search, including its subfolders.
 
     Raises:
-        UserError: if there are none, or a run.json lacks something or repeats another.
+        UserError: If there are no runs, or if a run.json is invalid or describes the same run as
+            another one.
     """
     if not folder.is_dir():
         raise UserError(f"--runs {folder}: no such folder")
@@ -143,9 +150,15 @@ def _read_run(file: Path) -> Run:
 
 
 def training_log(path: Path) -> Dict[str, List[List[float]]]:
-    """Curves of a detectron2 metrics.json: name -> [[iteration, value], ...].
+    """Reads the curves of a detectron2 metrics.json.
 
-    The last line of an interrupted run may be cut off; such lines are left out.
+    Incomplete lines, which an interrupted run may leave, are skipped.
+
+    Args:
+        path: Path of metrics.json.
+
+    Returns:
+        A dict from the name of a value to its [[iteration, value], ...].
     """
     curves: Dict[str, List[List[float]]] = {"total_loss": [], "bbox/AP": [], "segm/AP": []}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -161,10 +174,10 @@ def training_log(path: Path) -> Dict[str, List[List[float]]]:
 
 
 def common_ground_truth(runs: Sequence[Run]) -> Path:
-    """The ground truth that all finished runs name.
+    """Returns the path of the ground truth that all finished runs name.
 
     Raises:
-        UserError: if they name none, or different ones, or none has finished.
+        UserError: If they name none or different ones, or if no run has finished.
     """
     if all(run.error for run in runs):
         raise UserError(f"none of the {len(runs)} runs has finished; nothing to report")
