@@ -75,7 +75,7 @@ def feed_report(tmp_path_factory, truth, found):
         if path == good:
             argv["results"] = argv["results"][:1]
         line = feed(kind, "bad.json", functools.partial(report, argv))
-        written = sorted(p.name for p in output.iterdir()) if output.exists() else []
+        written = sorted(p.name for p in output.glob("report.*"))
         assert written == (["report.html", "report.json", "report.md"] if write else [])
         return line
 

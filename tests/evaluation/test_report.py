@@ -75,7 +75,8 @@ def test_report_from_results(tmp_path, gt_file, files):
         "--baseline", "BN", "--resamples", 40, "--seed", 0, "--output", output,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    assert sorted(p.name for p in output.iterdir()) == ["report.html", "report.json", "report.md"]
+    written = sorted(p.name for p in output.glob("report.*"))
+    assert written == ["report.html", "report.json", "report.md"]
     report = json.loads((output / "report.json").read_text())
     assert list(report["runs"]) == ["BN", "RefBN", "One"]
     assert list(report["deltas"]) == ["RefBN", "One"]

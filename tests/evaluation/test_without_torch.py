@@ -49,5 +49,6 @@ def test_a_whole_report_without_torch_and_detectron2(tmp_path, write, content, g
         cwd=ROOT,
     )
     assert run.returncode == 0, run.stderr
-    assert sorted(p.name for p in output.iterdir()) == ["report.html", "report.json", "report.md"]
+    written = sorted(p.name for p in output.glob("report.*"))
+    assert written == ["report.html", "report.json", "report.md"]
     assert "data:image/jpeg;base64," in (output / "report.html").read_text()
