@@ -143,7 +143,7 @@ def _copy_bandwidth() -> float:
 
 # Largest error relative to the largest value. A result is rounded once to its dtype; vectors are
 # float32 for each of these dtypes.
-TOLERANCE = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
+TOLERANCE = {"float32": 5e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
 # Rows shorter and longer than a tile, channels that fill no tile, one value per channel.
 SHAPES = [(4, 3, 5, 7), (1, 3, 1, 1)]
 GPU_SHAPES = [(2, 33, 3, 3), (3, 33, 40, 30), (64, 128, 7, 7), (1, 256, 50, 76), (2, 64, 200, 304)]
@@ -702,8 +702,8 @@ def _table(rows: List[Dict[str, Any]]) -> List[str]:
 
 def markdown(report: Dict[str, Any]) -> str:
     lines = ["# GPU check", ""]
-    if report["quick"] or report["device"] == "cpu":
-        lines += ["Not for its numbers: a rehearsal on a CPU or at tiny sizes.", ""]
+    if report["quick"]:
+        lines += ["A rehearsal at tiny sizes: its times mean nothing.", ""]
     lines += [f"`{report['command']}`", "", "| part | result | seconds | |", "|---|---|---:|---|"]
     for r in report["parts"].values():
         lines.append(
@@ -730,12 +730,16 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("output/gpu-check"), help="folder")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the code itself")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="tiny sizes, to try the code itself; always so on a CPU",
+    )
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART",
                         help=f"of {', '.join(PARTS)}")  # fmt: skip
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # in its own process
     args = parser.parse_args()
-    settings = Settings(args.device, args.quick)
+    settings = Settings(args.device, args.quick or args.device == "cpu")
     if args.part:
         _write_part(args.part, settings, args.output)
         return
@@ -751,7 +755,7 @@ def main() -> None:
     report = {
         "command": " ".join(["dev/gpu_check.py", *_options(settings)]),
         "device": args.device,
-        "quick": args.quick,
+        "quick": settings.quick,
         "default_kernels": None,
         "parts": {},
     }
