@@ -99,7 +99,7 @@ def load(file: Path):
 
 
 def assert_same(actual, expected, where: str = "") -> None:
-    """Equal to the bit, whatever the checkpoint holds."""
+    """Bitwise equality of any content of a checkpoint."""
     if isinstance(expected, torch.Tensor):
         assert torch.equal(actual, expected), where
     elif isinstance(expected, dict):

@@ -111,7 +111,7 @@ def check_module(
     assert relative_error(y, wanted) < tol
     grads = gradients(y, g.to(dtype), x, *params)
     wanted_grads = gradients(wanted, g.to(dtype).double(), *inputs)
-    # A gradient all of whose terms cancel has no digits of its own to be measured by.
+    # If all terms of a gradient cancel, a relative error is meaningless.
     unit = max(float(grad.abs().max()) for grad in wanted_grads) if cancels else 0.0
     for actual, wanted_grad in zip(grads, wanted_grads):
         assert relative_error(actual, wanted_grad, unit) < tol

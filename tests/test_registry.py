@@ -1,4 +1,4 @@
-"""get_norm knows the plugin's norms, whoever imported it when, and upstream's are as they were."""
+"""get_norm builds the plugin's norms and upstream's, independently of the import order."""
 
 import subprocess
 import sys
@@ -53,7 +53,7 @@ ORDERS = {
     + "import detectron2.layers.batch_norm as b; assert b.get_norm is theirs\n",
 }
 
-# A finder that knows no detectron2, as on a machine without it.
+# An import finder that does not find detectron2, as on a machine without it.
 WITHOUT = """
 import sys
 class Blocker:

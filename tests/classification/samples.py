@@ -30,7 +30,7 @@ def write_mnist(root: Path, num_train: int = 256, num_test: int = 40) -> Path:
 
 
 def write_image_folders(root: Path, classes=("ant", "bee"), per_class: int = 3) -> Path:
-    """Plain images, each class of its own colour, of a shape that no crop keeps."""
+    """Images of one colour per class, in a shape that every crop changes."""
     for split in ("train", "val"):
         for k, name in enumerate(classes):
             folder = root / split / name

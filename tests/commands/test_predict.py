@@ -1,4 +1,4 @@
-"""``refbn-d2 predict``: the detections are those of an evaluation, whatever the picture shows."""
+"""``refbn-d2 predict``: the detections equal those of an evaluation, for every kind of image."""
 
 import json
 import sys

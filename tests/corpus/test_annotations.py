@@ -36,7 +36,7 @@ def cfg(folder, tmp_path_factory):
 
 
 def use(cfg) -> None:
-    """What training and evaluation do with a data set, but for the model."""
+    """Does what training and evaluation do with a data set, without the model."""
     tiny_trainer = Trainer.__new__(Trainer)
     tiny_trainer._check_evaluation(cfg)
     list(itertools.islice(Trainer.build_train_loader(cfg), 4))

@@ -1,4 +1,4 @@
-"""Weights: .pkl and .pth are arrays, whatever else a file asks for."""
+"""Weights: from .pkl and .pth files only arrays are read, and no code in them is run."""
 
 import copy
 import functools

@@ -11,7 +11,7 @@ from refbn_d2.config import load_config
 from refbn_d2.experiments.matrix import load_matrix
 from tests.corpus.harness import feed
 
-# Makes the folder "ran" where it is run, whatever way it takes.
+# Creates the folder "ran" if it is executed in any way.
 EVIL = [
     "!!python/object/apply:os.mkdir ['ran']",
     "!!python/object/apply:os.system ['mkdir ran']",

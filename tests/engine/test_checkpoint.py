@@ -170,7 +170,7 @@ def test_resume_skips_what_is_damaged_and_says_so(tmp_path, caplog, damage, reas
 
 
 def test_no_byte_of_a_checkpoint_can_change_what_is_resumed(tmp_path):
-    """torch.load would take most of these files, and wrong weights from many."""
+    """torch.load would accept most of these files, and return wrong weights for many."""
     checkpointer = _three(tmp_path)
     path = tmp_path / "model_0000002.pth"
     content = path.read_bytes()
@@ -184,7 +184,7 @@ def test_no_byte_of_a_checkpoint_can_change_what_is_resumed(tmp_path):
         for value in checkpointer.model.state_dict().values():
             value.zero_()
         damage = checkpointer._damage(str(path))
-        # What the check finds whole loads, as it was; MODEL.WEIGHTS and --eval-only load unchecked.
+        # A file that passes the check loads unchanged. MODEL.WEIGHTS and --eval-only do not check.
         try:
             checkpointer.load(str(path), checkpointables=[])
         except UserError:

@@ -31,7 +31,7 @@ def _assert_one_line(result, *expected):
 
 @pytest.mark.parametrize("resume", [True, False])
 def test_a_second_writer_is_refused_and_costs_the_first_nothing(tiny_data, tmp_path, resume):
-    """Also while a checkpoint is half written: that is a leftover only if nobody writes it."""
+    """A partial checkpoint is a leftover only if no process is writing it."""
     whole, output = tmp_path / "whole", tmp_path / "run"
     kills.finish(tiny_data, whole, False)
     first = kills.start(tiny_data, output, False)

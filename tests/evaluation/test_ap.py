@@ -163,7 +163,7 @@ def test_categories_on_subsets_average_to_ap_on_subsets(gt, content):
 
 
 def test_types_of_errors(gt, content):
-    """Detections that are right but for one thing have that type of error, and no other."""
+    """Detections with exactly one kind of mistake have exactly that type of error."""
     right = [
         {"score": 0.9, **{k: a[k] for k in ("image_id", "category_id", "bbox")}}
         for a in content["annotations"]

@@ -1,4 +1,4 @@
-"""Names as text: in plots, tables, Markdown and HTML, whatever markup they resemble."""
+"""Names appear unchanged in plots, tables, Markdown and HTML, even if they look like markup."""
 
 import pytest
 from markdown_it import MarkdownIt

@@ -283,7 +283,7 @@ def _step(net, x, call=None):
     return y, *torch.autograd.grad(y.square().sum(), list(net.parameters()))
 
 
-# aot_eager is torch.compile but for writing C++, which needs a compiler on the machine.
+# aot_eager is torch.compile without code generation, which would need a C++ compiler.
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_compiled_in_one_graph_it_is_the_same(layout):
     x = torch.randn(5, 3, 9, 8).contiguous(memory_format=layout)

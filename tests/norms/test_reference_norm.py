@@ -1,4 +1,4 @@
-"""The reference is what the buffers say, whoever wrote them, and no step waits to find out."""
+"""The buffers alone define the reference, and training steps do not wait for the device."""
 
 import copy
 
@@ -268,7 +268,7 @@ def _model(seed=0):
 
 
 def _check_agreement(rank, world_size):
-    # The second process has no samples, as a head without RoIs; then nobody has any.
+    # First the second process has no samples, like a head without RoIs; then no process has any.
     torch.manual_seed(1 + rank)
     for sizes in ([3, 2], [3, 0], [0, 2]):
         model = _model()

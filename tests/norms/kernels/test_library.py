@@ -1,4 +1,4 @@
-"""The cache of compiled libraries: whatever happens to it, the next start has a whole library."""
+"""The cache of compiled libraries: after any damage, the next start has a complete library."""
 
 import os
 import shutil
