@@ -44,7 +44,11 @@ def _arguments() -> argparse.Namespace:
     add.add_argument("--images", type=Path, required=True, help="folder of the training images")
     add.add_argument("--val-json", type=Path, help="validation annotations")
     add.add_argument("--val-images", type=Path, help="folder of the validation images")
-    add.add_argument("--base", default="", help="config of the model, for _BASE_")
+    add.add_argument(
+        "--base",
+        default="Pretrained/mask_rcnn_lite0_fpn.yaml",
+        help='config of the model, a path or a shipped name (default: %(default)s); "" for none',
+    )
     add.add_argument("--output", type=Path, help="the file to write, NAME.yaml by default")
     add.set_defaults(run=_add)
     show = commands.add_parser("show", help="write a page about a data set")

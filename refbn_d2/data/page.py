@@ -8,7 +8,9 @@ from typing import Any, Counter, Dict, List, Sequence, Tuple
 
 import numpy as np
 from detectron2.data import MetadataCatalog
+from detectron2.data.catalog import Metadata
 from detectron2.data.detection_utils import read_image
+from detectron2.structures import BoxMode
 from detectron2.utils.visualizer import Visualizer
 from PIL import Image
 
@@ -61,9 +63,20 @@ def _chosen(data: Any, number: int) -> List[int]:
     return turns[:number]
 
 
+def _drawn(d: Dict[str, Any], metadata: Metadata) -> np.ndarray:
+    visualizer = Visualizer(_read(d), metadata)
+    annotations = d["annotations"]
+    if len(metadata.thing_classes) > 1 or not annotations:
+        return visualizer.draw_dataset_dict(d).get_image()
+    # The name of the only class, on each object, would hide small ones.
+    boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
+    has_masks = all(a.get("segmentation") for a in annotations)
+    masks = [a["segmentation"] for a in annotations] if has_masks else None
+    return visualizer.overlay_instances(boxes=np.array(boxes), masks=masks).get_image()
+
+
 def _sample(name: str, d: Dict[str, Any]) -> str:
-    drawn = Visualizer(_read(d), MetadataCatalog.get(name)).draw_dataset_dict(d).get_image()
-    image = Image.fromarray(drawn)
+    image = Image.fromarray(_drawn(d, MetadataCatalog.get(name)))
     image.thumbnail((_WIDTH, _WIDTH * 4))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=85)

@@ -93,3 +93,21 @@ def test_mistakes_are_one_line_and_write_nothing(command, files, tmp_path):
     )
     status, err = command("show", "nothing", "--output", "page.html")
     assert status == 1 and "neither a data set" in err
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_samples_of_one_class_are_drawn(command, files, tmp_path, masks):
+    content = json.loads(files[1].read_text())
+    for a in content["annotations"]:
+        a["category_id"] = content["categories"][0]["id"]
+        if not masks:
+            del a["segmentation"]
+    content["categories"] = content["categories"][:1]
+    (tmp_path / "one.json").write_text(json.dumps(content))
+    args = ("--json", tmp_path / "one.json", *files[2:4])
+    status, out = command("add", "mine", *args, "--base", "")
+    assert status == 0, out
+    cfg = load_config("mine.yaml")
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 1 and cfg.MODEL.MASK_ON is masks
+    assert command("show", "mine", "--output", "page.html", "--samples", 3)[0] == 0
+    assert (tmp_path / "page.html").read_text().count("data:image/jpeg;base64,") == 3
