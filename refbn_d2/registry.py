@@ -1,7 +1,6 @@
 """Teaches detectron2's get_norm the names of the table of norm types."""
 
 import functools
-import logging
 import types
 from functools import partial
 from typing import Callable, List, Optional, Union
@@ -20,9 +19,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.convnext import LayerNorm2d
 
 from .errors import UserError
+from .log import get_logger
 from .norms.table import NORM_TYPES, NormType, register_norm, unregister_norm
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 __all__ = ["UnknownNormError", "known_norms", "register", "register_norm", "unregister_norm"]
 

@@ -113,10 +113,12 @@ def _command(trainer_class, monkeypatch, capfd) -> Callable[..., Result]:
             status = e.code
         finally:
             # detectron2 adds handlers, each with the stdout of the time, and keeps them.
-            for name in ("detectron2", "fvcore", "refbn_d2"):
-                for handler in list(logging.getLogger(name).handlers):
+            for name in ("detectron2", "fvcore"):
+                found = logging.getLogger(name)
+                found.propagate = True  # else pytest's caplog sees no later line
+                for handler in list(found.handlers):
                     handler.close()
-                    logging.getLogger(name).removeHandler(handler)
+                    found.removeHandler(handler)
             _clear_cache(logger.setup_logger)
             torch.random.set_rng_state(state)
         return Result(status, *capfd.readouterr())

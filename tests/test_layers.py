@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "refbn_d2"
 
 # From the ground floor up. A part imports only from layers below its own, or from itself.
 LAYERS = [
-    ["errors"],
+    ["errors", "log"],
     ["config_files", "extras"],
     ["io"],
     ["evaluation", "norms", "rng"],

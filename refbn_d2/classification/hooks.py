@@ -1,17 +1,16 @@
 """Training error and throughput in the log of a classifier's training."""
 
-import logging
-
 import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import nn
 
+from ..log import get_logger
 from .evaluator import errors
 
 __all__ = ["TrainingProgress"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class TrainingProgress(HookBase):

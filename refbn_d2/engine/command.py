@@ -1,6 +1,5 @@
 """The command line of the training tools, with detectron2's options."""
 
-import logging
 from typing import Type
 
 from detectron2.config import CfgNode
@@ -12,6 +11,7 @@ from ..config import load_config, register_datasets
 from ..config_files import find_config
 from ..data.checks import set_num_classes
 from ..errors import one_line_errors, quiet_user_errors
+from ..log import get_logger
 from .launcher import start
 from .run_folder import output_errors, run_folder
 from .signals import end_with_parent
@@ -19,7 +19,7 @@ from .trainer import Trainer, setup
 
 __all__ = ["train_command"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 def _run(args, cfg: CfgNode, trainer_class: Type[Trainer]):

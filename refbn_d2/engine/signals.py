@@ -1,6 +1,5 @@
 """On SIGTERM, SIGINT or SIGHUP: finish the step, save, exit with 128 + signal."""
 
-import logging
 import os
 import signal
 import threading
@@ -11,11 +10,12 @@ from typing import Any, Callable, Dict, Optional
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
+from ..log import get_logger
 from .checkpoint import Checkpointer
 
 __all__ = ["PARENT", "SIGNALS", "StopOnSignal", "end_with_parent", "handle", "restore"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 

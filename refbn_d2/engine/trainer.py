@@ -1,6 +1,5 @@
 """detectron2's DefaultTrainer with a reference, exact resuming and errors that name the remedy."""
 
-import logging
 import os
 import weakref
 from typing import Any, Dict, Iterator, List, Optional, Sequence
@@ -23,7 +22,6 @@ from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.events import JSONWriter
-from detectron2.utils.logger import setup_logger
 from torch.utils.data import Dataset, RandomSampler, Sampler
 
 from ..config import apply_norm_config, load_config
@@ -33,6 +31,7 @@ from ..data.grouped_sampler import GroupedTrainingSampler, image_groups
 from ..data.loader import TrainLoader
 from ..data.sets import load_test_set, make_coco_file
 from ..errors import UserError
+from ..log import get_logger
 from ..rng import forked_rng
 from ..statistics.inference import recompute_statistics
 from ..statistics.reference import reference_layers
@@ -46,7 +45,7 @@ from .signals import StopOnSignal
 
 __all__ = ["Trainer", "setup"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 def setup(args, cfg: Optional[CfgNode] = None) -> CfgNode:
@@ -70,9 +69,6 @@ def setup(args, cfg: Optional[CfgNode] = None) -> CfgNode:
     if args.eval_only:
         log_cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "inference")
     default_setup(log_cfg, args)
-    setup_logger(
-        log_cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="refbn_d2", abbrev_name="refbn"
-    )
     return cfg
 
 

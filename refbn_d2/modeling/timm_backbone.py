@@ -7,7 +7,6 @@ MODEL:
 """
 
 import difflib
-import logging
 import math
 from typing import Any, Dict, List, Set
 
@@ -20,12 +19,13 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..extras import needs_extra
+from ..log import get_logger
 from ..norms import convert_norm
 from .exchange import exchange_norms
 
 __all__ = ["TimmBackbone", "build_timm_backbone", "build_timm_fpn_backbone"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class TimmBackbone(Backbone):

@@ -1,6 +1,5 @@
 """Replaces the norms of a model by another norm type."""
 
-import logging
 import weakref
 from typing import Dict, List, NamedTuple, Optional, Tuple
 
@@ -9,13 +8,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
+from ..log import get_logger
 from .activated import activated_source, with_activation
 from .reference_norm import ReferenceNorm2d
 from .table import NORM_TYPES, NormType
 
 __all__ = ["NormLayer", "by_type", "convert_norm", "recognized"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 # Class names in detectron2, torchvision and timm, which this package must not import.
 _FROZEN = ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")

@@ -1,6 +1,5 @@
 """Folds norms into the preceding convolutions, for inference."""
 
-import logging
 from collections import Counter
 from contextlib import contextmanager
 from typing import Dict, Iterator, List, Optional, Set, Tuple
@@ -10,12 +9,13 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from ..log import get_logger
 from .convert import by_type, recognized
 from .reference_norm import ReferenceNorm2d
 
 __all__ = ["fold_norms"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 Pair = Tuple[nn.Conv2d, nn.Module]
 

@@ -1,6 +1,5 @@
 """Which processes take a common reference if none was captured before training."""
 
-import logging
 from typing import List, Optional
 
 import torch
@@ -8,11 +7,12 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from ..log import get_logger
 from .moments import Gather
 
 __all__ = ["agreement_group", "all_gather", "warn_of_own_references"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _warned = False
 

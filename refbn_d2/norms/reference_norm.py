@@ -1,12 +1,12 @@
 """ReferenceNorm2d, the base of every norm that holds a reference."""
 
-import logging
 from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..log import get_logger
 from .functional import BatchStatistics, batch_statistics, statistics_dtype
 from .moments import Gather, Moments
 from .processes import agreement_group, all_gather, warn_of_own_references
@@ -14,7 +14,7 @@ from .tracing import as_leaf
 
 __all__ = ["ReferenceNorm2d"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _REFERENCE_KEYS = ("ref_mean", "ref_var", "ref_captured", "ref_size")
 

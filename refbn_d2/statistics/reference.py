@@ -1,6 +1,5 @@
 """Captures the reference of a detectron2 model, on any number of processes."""
 
-import logging
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.overrides import TorchFunctionMode
 
+from ..log import get_logger
 from ..norms import ReferenceNorm2d, capture
 from ..norms.processes import all_gather
 from ..rng import forked_rng
@@ -19,7 +19,7 @@ from ..upstream import exchanged
 
 __all__ = ["capture_reference", "reference_layers"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 def reference_layers(model: nn.Module) -> Dict[str, ReferenceNorm2d]:

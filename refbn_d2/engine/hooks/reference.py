@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import logging
 import os
 from typing import Any, Callable, Dict, Iterable, List, Optional
 
@@ -11,11 +10,12 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from ...io.atomic import atomic_write
+from ...log import get_logger
 from ...statistics.reference import capture_reference, reference_layers
 
 __all__ = ["ReferenceHook", "global_batch"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 def global_batch(loader: Iterable[List[Dict[str, Any]]]) -> List[Dict[str, Any]]:

@@ -10,7 +10,6 @@ Environment variables, which are read when a set of kernels is first needed:
 """
 
 import functools
-import logging
 import os
 from pathlib import Path
 from typing import Optional, Tuple
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ...log import get_logger
 from . import cpu_cpp
 from .base import (
     BatchStatistics,
@@ -50,7 +50,7 @@ __all__ = [
     "statistics_dtype",
 ]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _FORMULAS, _FALLBACK = Formulas(), Fallback()
 _CPU_ATEN = CpuAten()

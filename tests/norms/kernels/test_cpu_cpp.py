@@ -51,7 +51,7 @@ def chosen(tmp_path, monkeypatch, caplog):
     def choose(**environment):
         for name, value in {"XDG_CACHE_HOME": str(tmp_path), **environment}.items():
             monkeypatch.setenv(name, value)
-        with caplog.at_level(logging.INFO, "refbn_d2"):
+        with caplog.at_level(logging.INFO, "detectron2.refbn_d2"):
             kernels = choice._cpu_cpp.__wrapped__()
         return kernels, [(r.levelname, r.getMessage()) for r in caplog.records]
 
