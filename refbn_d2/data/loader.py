@@ -93,13 +93,15 @@ class TrainLoader:
         collate_fn: Callable[[List[Any]], Any] = trivial_batch_collator,
         pin_memory: bool = False,
     ):
+        dataset: Any = dicts  # a Dataset says neither that it has a length nor that it is indexed
+        if not isinstance(dataset, Dataset):
+            dataset = DatasetFromList(list(dataset), copy=False)
         # Computed in advance, so that skipping batches need not load the dicts.
         self._bucket = None
         if group_by_orientation:
-            self._bucket = [d["width"] > d["height"] for d in dicts]
-        if not isinstance(dicts, Dataset):
-            dicts = DatasetFromList(list(dicts), copy=False)
-        self._dataset = dicts
+            dicts_in_order = (dataset[n] for n in range(len(dataset)))
+            self._bucket = [d["width"] > d["height"] for d in dicts_in_order]
+        self._dataset = dataset
         self._sampler = sampler
         self._mapper = mapper
         self._batch_size = batch_size
