@@ -1,20 +1,19 @@
 """COCO instance annotations: each file is read and checked once a process."""
 
+import contextlib
+import io
 import os
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
-from unittest import mock
 
-from detectron2.evaluation import coco_evaluation
 from detectron2.utils.file_io import PathManager
-from pycocotools import coco as pycoco
 from pycocotools.coco import COCO
 
 from ..errors import UserError
 from ..evaluation.inputs import check_ground_truth
 from ..io.coco import is_number
 from ..io.json import read_json
+from ..upstream import exchanged
 
 __all__ = ["coco_files_read_once", "keep_content", "read_coco"]
 
@@ -65,7 +64,7 @@ def read_coco(path: str, evaluated: bool = True) -> COCO:
     coco.dataset = dict(content)
     if "annotations" in content:
         coco.dataset["annotations"] = [_copy(a) for a in content["annotations"]]
-    with mock.patch("builtins.print"):
+    with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco
 
@@ -106,7 +105,7 @@ def _check_for_detectron2(path: str, content: Dict[str, Any]) -> None:
             )
 
 
-@contextmanager
+@contextlib.contextmanager
 def coco_files_read_once(evaluated: bool) -> Iterator[List[COCO]]:
     """Within, detectron2 reads COCO files by :func:`read_coco`.
 
@@ -125,8 +124,8 @@ def coco_files_read_once(evaluated: bool) -> Iterator[List[COCO]]:
         read.append(read_coco(path, evaluated))
         return read[-1]
 
-    with mock.patch.object(coco_evaluation, "COCO", reader):
-        with mock.patch.object(pycoco, "COCO", _class_like(reader)):
+    with exchanged("detectron2.evaluation.coco_evaluation:COCO", reader):
+        with exchanged("pycocotools.coco:COCO", _class_like(reader)):
             yield read
 
 

@@ -3,15 +3,14 @@
 import json
 import os
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Dict, List, Optional, Sequence, Tuple
-from unittest import mock
 
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetCatalog,
     DatasetFromList,
     MetadataCatalog,
-    build,
     get_detection_dataset_dicts,
 )
 from detectron2.data.datasets import coco
@@ -20,6 +19,7 @@ from detectron2.utils import comm
 from ..errors import UserError
 from ..io.atomic import atomic_write
 from ..io.coco import is_int
+from ..upstream import exchanged
 from .annotations import Contents, check_dicts, contents, plain_dicts
 from .coco_json import coco_files_read_once, keep_content
 from .errors import annotation_files, dataset_errors
@@ -118,7 +118,7 @@ def _load(
     if key in _KEPT and _KEPT[key][0] == state:
         return _KEPT[key][1]
     loaded = {name: load_dicts(name, cfg, evaluated or name in cfg.DATASETS.TEST) for name in names}
-    catalog = mock.Mock(get=loaded.__getitem__)
+    catalog = SimpleNamespace(get=loaded.__getitem__)
     total = sum(map(len, loaded.values()))
     objects = [
         a
@@ -138,7 +138,7 @@ def _load(
             "them, or set MODEL.KEYPOINT_ON False"
         )
     del objects
-    with mock.patch.object(build, "DatasetCatalog", catalog):
+    with exchanged("detectron2.data.build:DatasetCatalog", catalog):
         dicts = get_detection_dataset_dicts(
             names, filter_empty, min_keypoints, proposal_files, check_consistency=False
         )
@@ -171,7 +171,8 @@ def make_coco_file(cfg: CfgNode, name: str, folder: str) -> None:
                 f"data set {name}: image_id {d['image_id']!r} is not a whole number, which its "
                 "evaluation needs"
             )
-    with mock.patch.object(coco, "DatasetCatalog", mock.Mock(get=lambda _: dicts)):
+    catalog = SimpleNamespace(get=lambda _: dicts)
+    with exchanged("detectron2.data.datasets.coco:DatasetCatalog", catalog):
         content = coco.convert_to_coco_dict(name)
     content.setdefault("annotations", [])
     keep_content(path, content)

@@ -17,6 +17,7 @@ from torch import distributed as dist
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from ..errors import UserError
+from ..upstream import create_local_process_group
 from .signals import SIGNALS, handle, restore
 
 __all__ = ["launcher_environment", "start"]
@@ -33,9 +34,12 @@ def launcher_environment(env: Mapping[str, str]) -> Dict[str, str]:
     Returns:
         The variables RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT;
         an empty dict for a process that was started alone.
+
+    Raises:
+        UserError: one of them is not a number that it can be.
     """
     if all(name in env for name in _TORCHRUN):  # first: srun may have started torchrun
-        return {name: env[name] for name in _TORCHRUN}
+        return _checked({name: env[name] for name in _TORCHRUN})
     # A batch script or a shell in an allocation has SLURM_PROCID and SLURM_NTASKS, but no step of
     # several tasks.
     if int(env.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
@@ -51,7 +55,18 @@ def launcher_environment(env: Mapping[str, str]) -> Dict[str, str]:
         # Different ports for simultaneous steps, of one job or of several.
         "MASTER_PORT": str(20000 + (int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])) % 10000),
     }
-    return {**found, **{k: env[k] for k in ("MASTER_ADDR", "MASTER_PORT") if k in env}}
+    return _checked({**found, **{k: env[k] for k in ("MASTER_ADDR", "MASTER_PORT") if k in env}})
+
+
+def _checked(found: Dict[str, str]) -> Dict[str, str]:
+    for name, value in found.items():
+        if name != "MASTER_ADDR" and not re.fullmatch("[0-9]+", value):
+            raise UserError(f"{name} is {value!r} in the environment: use a whole number")
+    if int(found["MASTER_PORT"]) > 65535:
+        raise UserError(f"MASTER_PORT is {found['MASTER_PORT']}: use a port from 0 to 65535")
+    if int(found["LOCAL_WORLD_SIZE"]) == 0:
+        raise UserError("LOCAL_WORLD_SIZE is 0 in the environment: use a number from 1")
+    return found
 
 
 def start(main: Callable[..., Any], args: Namespace, device: str, main_args: tuple) -> None:
@@ -91,22 +106,13 @@ def start(main: Callable[..., Any], args: Namespace, device: str, main_args: tup
     os.environ.update(env)
     try:
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=DEFAULT_TIMEOUT)
-    except dist.DistNetworkError as e:
+    except (dist.DistNetworkError, dist.DistStoreError) as e:
         where = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)"
         raise UserError(f"the processes cannot meet at {where}: {_reason(e)}") from e
-    _create_local_process_group(local_size)
+    create_local_process_group(local_size)
     comm.synchronize()
     main(*main_args)
     dist.destroy_process_group()
-
-
-def _create_local_process_group(size: int) -> None:
-    if hasattr(comm, "create_local_process_group"):
-        return comm.create_local_process_group(size)
-    for first in range(0, comm.get_world_size(), size):  # release 0.6 does this in launch()
-        group = dist.new_group(list(range(first, first + size)))
-        if first <= comm.get_rank() < first + size:
-            comm._LOCAL_PROCESS_GROUP = group
 
 
 def _reason(error: Exception) -> str:

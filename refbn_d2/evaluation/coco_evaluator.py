@@ -5,13 +5,14 @@ import io
 from typing import Any, Dict
 
 import numpy as np
-from detectron2.evaluation import COCOEvaluator, coco_evaluation
+from detectron2.evaluation import COCOEvaluator
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from ..data.coco_json import coco_files_read_once
 from ..errors import UserError
 from ..extras import needs_extra
+from ..upstream import exchanged, whole_files
 from .inputs import scored_fields
 
 __all__ = ["BACKENDS", "FastCOCOEvaluator"]
@@ -75,9 +76,14 @@ class FastCOCOEvaluator(COCOEvaluator):
         # Set after the fact: without its C++ extension detectron2 would turn it off again.
         self._use_fast_impl = backend == "hotcoco"
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> Dict[str, Any]:
+        """As upstream; its results files are whole or, if it is interrupted, as they were."""
+        with whole_files():
+            return super().evaluate(*args, **kwargs)
+
     def _eval_predictions(self, *args: Any, **kwargs: Any) -> Dict[str, Any]:
         # detectron2 offers no argument for the class that evaluates; it looks this name up.
-        with _replaced(coco_evaluation, "COCOeval_opt", _HotCOCOeval):
+        with exchanged("detectron2.evaluation.coco_evaluation:COCOeval_opt", _HotCOCOeval):
             return super()._eval_predictions(*args, **kwargs)
 
 
@@ -94,13 +100,3 @@ def _numbered_from_1(dataset: Dict[str, Any]) -> COCO:
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco
-
-
-@contextlib.contextmanager
-def _replaced(module, name: str, value):
-    original = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, original)

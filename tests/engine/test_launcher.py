@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -92,6 +93,75 @@ def test_what_does_not_go_together(monkeypatch, changes, num_gpus, device, messa
     args = Namespace(num_gpus=num_gpus, num_machines=1)
     with pytest.raises(UserError, match=message):
         launcher.start(print, args, device, ())
+
+
+@pytest.mark.parametrize(
+    "num_gpus, device, message",
+    [
+        (1, "cuda", "MODEL.DEVICE is cuda, and there is no GPU: add MODEL.DEVICE cpu"),
+        (2, "cpu", "--num-gpus 2 with MODEL.DEVICE cpu: start .* torchrun --nproc_per_node 2"),
+        (2, "cuda", "--num-gpus 2: this machine has 1 GPUs"),
+    ],
+)
+def test_devices_that_are_not_there(monkeypatch, num_gpus, device, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(launcher, "launch", None)  # nothing is started
+    args = Namespace(num_gpus=num_gpus, num_machines=1, machine_rank=0, dist_url="auto")
+    with pytest.raises(UserError, match=message):
+        launcher.start(print, args, device, ())
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"MASTER_PORT": "auto"}, "MASTER_PORT is 'auto' .* whole number"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT is 70000: use a port from 0 to 65535"),
+        ({"RANK": ""}, "RANK is '' in the environment"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE is 0"),
+    ],
+)
+def test_an_environment_that_is_no_number(changes, message):
+    with pytest.raises(UserError, match=message):
+        launcher.launcher_environment({**TORCHRUN, **changes})
+    if "MASTER_PORT" in changes:
+        with pytest.raises(UserError, match=message):
+            launcher.launcher_environment({**SRUN, **changes})
+
+
+@pytest.fixture
+def used_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def test_a_port_in_use_is_named(monkeypatch, used_port):
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(used_port)}
+    for name, value in {**alone, **where}.items():
+        monkeypatch.setenv(name, value)
+    args = Namespace(num_gpus=1, num_machines=1)
+    with pytest.raises(UserError, match=f"127.0.0.1:{used_port} .*the port is in use"):
+        launcher.start(print, args, "cpu", ())
+
+
+def _meet(rank, port):
+    address = f"tcp://127.0.0.1:{port}"
+    torch.distributed.init_process_group("gloo", address, rank=rank, world_size=1)
+
+
+def test_a_port_in_use_of_the_processes_that_detectron2_starts(monkeypatch, used_port):
+    """The error as it comes out of a process that torch has started."""
+
+    def launch(*_, **__):
+        torch.multiprocessing.spawn(_meet, (used_port,), nprocs=1)
+
+    monkeypatch.setattr(launcher, "launch", launch)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    url = f"tcp://127.0.0.1:{used_port}"
+    args = Namespace(num_gpus=2, num_machines=1, machine_rank=0, dist_url=url)
+    with pytest.raises(UserError, match=f"--dist-url {url}: the port is in use"):
+        launcher.start(print, args, "cuda", ())
 
 
 def _child(status):

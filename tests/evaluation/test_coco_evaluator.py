@@ -1,6 +1,7 @@
 """detectron2's evaluator with hotcoco gives the result dict that it gives with pycocotools."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from pycocotools import mask as mask_util
 
 from refbn_d2.errors import UserError
 from refbn_d2.evaluation.coco_evaluator import FastCOCOEvaluator
+from refbn_d2.io.atomic import PARTIAL
 from tests.evaluation import generated
 
 
@@ -77,6 +79,25 @@ def test_hotcoco_is_really_used(data_set, content, monkeypatch):
     slow = FastCOCOEvaluator(data_set, distributed=False, backend="pycocotools")
     with pytest.raises(AssertionError, match="pycocotools matched"):
         results_of(slow, content, found)
+
+
+def test_an_interrupted_results_file_is_not_there(data_set, content, monkeypatch, tmp_path):
+    """Upstream writes it in place; a run that was killed must not leave half a file."""
+    name = "coco_instances_results.json"
+    found = generated.detections(content)
+    evaluator = FastCOCOEvaluator(data_set, distributed=False, output_dir=str(tmp_path))
+    results_of(evaluator, content, found)
+    whole = (tmp_path / name).read_bytes()
+    assert len(json.loads(whole)) == len(found)
+
+    def interrupted(content):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(json, "dumps", interrupted)  # upstream has opened the file by then
+    with pytest.raises(KeyboardInterrupt):
+        results_of(evaluator, content, found[:1])
+    assert (tmp_path / name).read_bytes() == whole
+    assert not list(tmp_path.glob("*" + PARTIAL))
 
 
 def test_nothing_detected_and_another_limit(data_set, content):
