@@ -21,14 +21,14 @@ from .interval import (
 )
 from .runs import Run
 
-__all__ = ["Comparison", "Differences", "Group", "compare"]
+__all__ = ["Comparison", "Differences", "NormRuns", "compare"]
 
 # Label -> iou type -> metric -> Difference.
 Differences = Dict[str, Dict[str, Dict[str, Difference]]]
 
 
 @dataclass
-class Group:
+class NormRuns:
     """The runs of one norm under one condition.
 
     Attributes:
@@ -85,7 +85,7 @@ class Comparison:
     baseline: str
     resamples: int
     seed: int
-    groups: Dict[str, Group]
+    groups: Dict[str, NormRuns]
     differences: Differences
     failed: List[Run]
     primary: str
@@ -102,9 +102,9 @@ class Comparison:
         """Whether ``label`` is better or worse than its baseline, or practically the same."""
         return self.primary_difference(label).verdict(self.margin)
 
-    def clearest(self) -> List[Group]:
+    def clearest(self) -> List[NormRuns]:
         """One group a norm, under the condition with the smallest p: what a page has room for."""
-        best: Dict[str, Tuple[float, Group]] = {}
+        best: Dict[str, Tuple[float, NormRuns]] = {}
         for label in self.differences:
             group, p = self.groups[label], self.primary_difference(label).p
             key = 2.0 if math.isnan(p) else p
@@ -236,7 +236,7 @@ def _clusters(gt: GroundTruth, name: str) -> List[Hashable]:
     return [found[key] for key in gt.sizes]
 
 
-def _check_copies(groups: Dict[str, Group]) -> List[str]:
+def _check_copies(groups: Dict[str, NormRuns]) -> List[str]:
     """Refuses one result as two seeds of a norm; warns of one result under two norms.
 
     Raises:
@@ -267,17 +267,17 @@ def _check_copies(groups: Dict[str, Group]) -> List[str]:
     return warnings
 
 
-def _groups(runs: Sequence[Run], baseline: str) -> Dict[str, Group]:
+def _groups(runs: Sequence[Run], baseline: str) -> Dict[str, NormRuns]:
     several = len({run.condition for run in runs}) > 1
     # Conditions in order of batch size and grouping; within one the baseline comes first.
     order = sorted(
         runs,
         key=lambda r: (r.ims_per_batch or 0, r.grouping or 0, r.condition, r.name != baseline),
     )
-    groups: Dict[str, Group] = {}
+    groups: Dict[str, NormRuns] = {}
     for run in order:
         label = f"{run.name} ({run.condition or 'unknown'})" if several else run.name
-        groups.setdefault(label, Group(label, [])).runs.append(run)
+        groups.setdefault(label, NormRuns(label, [])).runs.append(run)
     by_condition = {g.condition: g.label for g in groups.values() if g.name == baseline}
     for group in groups.values():
         group.runs.sort(key=lambda run: run.seed)
@@ -286,7 +286,9 @@ def _groups(runs: Sequence[Run], baseline: str) -> Dict[str, Group]:
     return groups
 
 
-def _all_differences(groups: Dict[str, Group], iou_types: Sequence[str], units: int) -> Differences:
+def _all_differences(
+    groups: Dict[str, NormRuns], iou_types: Sequence[str], units: int
+) -> Differences:
     pairs = [(g.baseline, g.label) for g in groups.values() if g.baseline]
     found: Differences = {label: {t: {} for t in iou_types} for _, label in pairs}
     for iou_type in iou_types:

@@ -9,7 +9,7 @@ import numpy as np
 
 from . import plots
 from .ap import ERRORS, METRICS, Evaluation
-from .comparison import Comparison, Group
+from .comparison import Comparison, NormRuns
 from .forest import Row, forest
 from .interval import Difference, Spread, difference, shared_spreads
 from .printable import printable
@@ -115,7 +115,7 @@ def _p_values(comparison: Comparison) -> List[List[str]]:
     return rows
 
 
-def _metrics(comparison: Comparison, group: Group) -> Dict[str, Any]:
+def _metrics(comparison: Comparison, group: NormRuns) -> Dict[str, Any]:
     """All six metrics of one comparison: by IoU threshold and by size of the objects."""
     table = comparison.differences[group.label]
     rows = [Row(f"{TITLES[t]} {m}", table[t][m]) for t in comparison.iou_types for m in METRICS]
@@ -125,7 +125,7 @@ def _metrics(comparison: Comparison, group: Group) -> Dict[str, Any]:
 def _errors(comparison: Comparison, iou_type: str) -> Dict[str, Any]:
     """What each type of error costs, by norm, and the calibration of the scores."""
 
-    def values(group: Group) -> List[np.ndarray]:
+    def values(group: NormRuns) -> List[np.ndarray]:
         scores = group.scores[iou_type]
         return [
             *(np.array([s.errors[name] for s in scores]) for name in ERRORS),
@@ -158,8 +158,8 @@ def _as_text(value: Any) -> Any:
     return printable(value) if type(value) is str else value
 
 
-def _by_condition(comparison: Comparison) -> List[List[Group]]:
-    found: Dict[str, List[Group]] = {}
+def _by_condition(comparison: Comparison) -> List[List[NormRuns]]:
+    found: Dict[str, List[NormRuns]] = {}
     for group in comparison.groups.values():
         found.setdefault(group.condition, []).append(group)
     return list(found.values())
@@ -180,7 +180,7 @@ def _spread(base: np.ndarray, other: np.ndarray) -> Optional[Spread]:
     return shared_spreads({"base": base, "other": other}, [("base", "other")])[0]
 
 
-def _categories(comparison: Comparison, groups: List[Group]) -> List[Dict[str, Any]]:
+def _categories(comparison: Comparison, groups: List[NormRuns]) -> List[Dict[str, Any]]:
     found = []
     for group in groups:
         base = comparison.groups[group.baseline]
@@ -209,7 +209,9 @@ def _categories(comparison: Comparison, groups: List[Group]) -> List[Dict[str, A
     return found
 
 
-def _category_rows(comparison: Comparison, base: Group, other: Group, iou_type: str) -> List[Row]:
+def _category_rows(
+    comparison: Comparison, base: NormRuns, other: NormRuns, iou_type: str
+) -> List[Row]:
     """A row a category, the largest gain first; marked where 0 is excluded for all together."""
     a, b = base.scores[iou_type], other.scores[iou_type]
     keys = [k for k in a[0].category_replicates if not math.isnan(a[0].categories[k])]

@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..io.images import read_rgb
 from ..io.json import read_json
 from .ap import Evaluation
-from .comparison import Comparison, Group
+from .comparison import Comparison, NormRuns
 from .inputs import GroundTruth
 from .printable import printable
 from .text import TITLES
@@ -61,7 +61,7 @@ def pictures(
     return found, notes
 
 
-def differing_images(base: Group, other: Group, iou_type: str) -> List[Tuple[int, float]]:
+def differing_images(base: NormRuns, other: NormRuns, iou_type: str) -> List[Tuple[int, float]]:
     """(image id, difference of its AP at IoU 0.5 in percent), the most differing ones.
 
     As many for the other norm as for the baseline, so that the choice itself takes no side; AP of
@@ -81,7 +81,7 @@ def _image_means(scores: Sequence[Evaluation]) -> Dict[int, float]:
 
 
 def draw(
-    comparison: Comparison, base: Group, other: Group, iou_type: str, folder: Path
+    comparison: Comparison, base: NormRuns, other: NormRuns, iou_type: str, folder: Path
 ) -> Tuple[List[Dict[str, Any]], List[str]]:
     """Draws the images of ``differing_images`` that are in ``folder``.
 
@@ -120,7 +120,7 @@ def draw(
 
 
 def _typical_detections(
-    group: Group, iou_type: str, ids: Collection[int]
+    group: NormRuns, iou_type: str, ids: Collection[int]
 ) -> Dict[int, List[Dict[str, Any]]]:
     scores = group.scores[iou_type]
     means = _image_means(scores)

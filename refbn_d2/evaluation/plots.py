@@ -13,7 +13,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from .comparison import Comparison, Group
+from .comparison import Comparison, NormRuns
 from .printable import printable
 from .runs import training_log
 from .text import TITLES
@@ -110,7 +110,7 @@ def ap_per_seed(comparison: Comparison, iou_type: str) -> str:
 
 
 @_drawn
-def precision_recall(comparison: Comparison, groups: Sequence[Group], iou_type: str) -> str:
+def precision_recall(comparison: Comparison, groups: Sequence[NormRuns], iou_type: str) -> str:
     """Mean precision over categories and seeds by recall, at IoU 0.5 and 0.75."""
     figure, axes = _figure(2.9, (1, 1))
     styles, recall = _styles(comparison), np.linspace(0, 1, 101)
@@ -126,7 +126,7 @@ def precision_recall(comparison: Comparison, groups: Sequence[Group], iou_type: 
 
 
 @_drawn
-def training_curves(comparison: Comparison, groups: Sequence[Group]) -> List[str]:
+def training_curves(comparison: Comparison, groups: Sequence[NormRuns]) -> List[str]:
     """Loss and AP by iteration: a line for the mean over runs, a band for their range."""
     styles = _styles(comparison)
     logs = [(g.name, [training_log(run.log) for run in g.runs if run.log]) for g in groups]

@@ -7,7 +7,7 @@ from typing import Dict, Sequence
 import numpy as np
 
 from refbn_d2.evaluation.ap import METRICS
-from refbn_d2.evaluation.comparison import Comparison, Group
+from refbn_d2.evaluation.comparison import Comparison, NormRuns
 from refbn_d2.evaluation.runs import Run
 
 IMAGES = 100
@@ -38,7 +38,7 @@ def comparison(
             ]
             for t, part in (("bbox", 1), ("segm", 2))
         }
-        groups[name] = Group(name, runs, None if name == baseline else baseline, scores)
+        groups[name] = NormRuns(name, runs, None if name == baseline else baseline, scores)
     made = Comparison(
         gt=SimpleNamespace(sizes={n: (9, 9) for n in range(IMAGES)}, dataset={"images": []}),
         iou_types=["bbox", "segm"],
