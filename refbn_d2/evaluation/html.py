@@ -212,7 +212,10 @@ def _categories(comparison: Comparison, groups: List[NormRuns]) -> List[Dict[str
 def _category_rows(
     comparison: Comparison, base: NormRuns, other: NormRuns, iou_type: str
 ) -> List[Row]:
-    """A row a category, the largest gain first; marked where 0 is excluded for all together."""
+    """One row for each category, the largest gain first.
+
+    A row is marked where the simultaneous interval of all categories excludes 0.
+    """
     a, b = base.scores[iou_type], other.scores[iou_type]
     keys = [k for k in a[0].category_replicates if not math.isnan(a[0].categories[k])]
     rows = []

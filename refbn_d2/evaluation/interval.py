@@ -116,7 +116,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class RunsNeeded:
-    """Runs a norm that detect an effect; None where no number up to MAX_SEEDS does.
+    """Number of runs of each norm that detect an effect; None if no number up to MAX_SEEDS does.
 
     Attributes:
         estimate: if the spread over seeds is what it seems to be.
@@ -236,7 +236,10 @@ class Difference:
         return Verdict.SAME if -margin < low and high < margin else Verdict.UNDECIDED
 
     def runs_needed(self, effect: float = EFFECT) -> Optional[RunsNeeded]:
-        """Runs a norm that detect ``effect`` on as many images; None if the spread is unknown."""
+        """Number of runs of each norm that detect ``effect`` on as many images.
+
+        None if the spread over seeds is unknown.
+        """
         if self.spread is None:
             return None
         variance, df = self.spread.variance, self.spread.df
@@ -473,7 +476,7 @@ def _df(terms: Sequence[Tuple[float, float]]) -> float:
 
 
 def seeds_needed(spread: float, effect: float = EFFECT, image_se: float = 0.0) -> Optional[int]:
-    """Runs a norm for which the interval at 95 % finds ``effect`` with 80 % power.
+    """Number of runs of each norm for which the interval at 95 % finds ``effect`` with 80 % power.
 
     Args:
         spread: standard deviation of AP over seeds, of one run.

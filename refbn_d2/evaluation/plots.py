@@ -94,7 +94,7 @@ def legend(comparison: Comparison) -> List[Dict[str, str]]:
 
 @_drawn
 def ap_per_seed(comparison: Comparison, iou_type: str) -> str:
-    """A row a group, a point a seed, a bar for their mean."""
+    """One row for each norm and condition: a point for each seed, a bar for their mean."""
     groups = list(comparison.groups.values())
     figure, (ax,) = _figure(0.9 + 0.36 * len(groups))
     styles = _styles(comparison)

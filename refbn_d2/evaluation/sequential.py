@@ -42,7 +42,7 @@ class Plan:
 
     @property
     def looks(self) -> Tuple[int, ...]:
-        """Runs a norm at each look: half as many as at the next one, and at least 3."""
+        """Number of runs of each norm at each look: half of the next look's, and at least 3."""
         found = [self.max_seeds]
         while (found[0] + 1) // 2 >= _FIRST_LOOK and found[0] > _FIRST_LOOK:
             found.insert(0, (found[0] + 1) // 2)
