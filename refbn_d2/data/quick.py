@@ -184,8 +184,11 @@ def _ensure() -> Path:
             shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
             if not folder.exists():
                 partial.mkdir()
-                generate(partial)
-                partial.rename(folder)
+                try:
+                    generate(partial)
+                    partial.rename(folder)
+                finally:
+                    shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 

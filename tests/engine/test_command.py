@@ -51,9 +51,12 @@ def test_a_mistake_in_the_config(tiny_data, train_net, tmp_path, changes, expect
     [
         (None, "does not exist"),
         ("{", "not JSON"),
-        ("{}", "not COCO"),
-        ("[1, 2]", "not COCO"),
-        ('{"images": [{"id": 1}], "annotations": [], "categories": []}', "not COCO"),
+        ("{}", "no COCO ground truth, it has no list of images"),
+        ("[1, 2]", "no COCO ground truth, but a list"),
+        (
+            '{"images": [{"id": 1}], "annotations": [], "categories": []}',
+            "image 1 has no height and width",
+        ),
     ],
 )
 @pytest.mark.parametrize("split", ["train", "val"])
