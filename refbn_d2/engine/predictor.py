@@ -121,10 +121,12 @@ def _draw_instances(
 ) -> VisImage:
     names = metadata.get("thing_classes", [])
     classes = instances.pred_classes.tolist()
+    # The name of the only class would say nothing, and hide small objects.
+    named = [f"{names[c] if c < len(names) else c} " if len(names) != 1 else "" for c in classes]
     labels = [
         # matplotlib would interpret text between two dollar signs as a formula
-        f"{names[c] if c < len(names) else c} {score:.0%}".replace("$", r"\$")
-        for c, score in zip(classes, instances.scores.tolist())
+        f"{name}{score:.0%}".replace("$", r"\$")
+        for name, score in zip(named, instances.scores.tolist())
     ]
     # One colour for each class, or for each object if there is only one class.
     keys = classes if len(names) > 1 else range(len(classes))
@@ -136,7 +138,7 @@ def _draw_instances(
     return visualizer.overlay_instances(
         boxes=instances.pred_boxes,
         masks=np.asarray(instances.pred_masks) if instances.has("pred_masks") else None,
-        labels=labels if len(labels) <= 40 else None,  # more would hide the image
+        labels=labels if len(labels) <= 20 else None,  # more would hide the objects
         assigned_colors=colors,
         alpha=0.4,
     )
