@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Callable, List, NamedTuple
@@ -11,6 +12,9 @@ import pytest
 import torch
 
 torch.set_num_threads(2)
+# nohup and some schedulers start this process with SIGHUP ignored, and processes that tests start
+# inherit that; a command under nohup is right to survive it, but tests send it to ask for an end.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # What takes more than a few seconds by --durations: these start processes or train. A test
 # elsewhere that does is marked by hand, @pytest.mark.slow.
