@@ -11,6 +11,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUTPUT ?= output/quickstart
+# A worker takes up to 2 GB. The tests of a file stay together, because they share fixtures.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: setup quickstart test test-fast lint types docs gpu-check clean
 
@@ -30,10 +32,10 @@ quickstart: setup
 	@$(BIN)/python -m refbn_d2 compare report --runs $(OUTPUT) --baseline BN --output $(OUTPUT)/report
 
 test: setup
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(PARALLEL)
 
 test-fast: setup
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 lint: setup
 	@$(BIN)/python -m ruff check .

@@ -64,7 +64,8 @@ def test_a_private_name_is_there_and_used(name):
     owner, _, attribute = name.replace(":", ".").rpartition(".")
     found = pkgutil.resolve_name(owner)
     if attribute in _SET_LATER:
-        assert re.search(rf"\b{attribute}\b", inspect.getsource(found.__init__))
+        # The class's source: torch._dynamo exchanges nn.Module.__init__ when something compiles.
+        assert re.search(rf"\b{attribute}\b", inspect.getsource(found))
     else:
         assert hasattr(found, attribute)
     user = PACKAGE.joinpath(*PRIVATE[name].user.split("."))

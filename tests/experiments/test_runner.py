@@ -33,7 +33,7 @@ def child(monkeypatch, tmp_path):
 
     def use(script: str) -> None:
         file = tmp_path / "python"
-        file.write_text(f"#!/bin/bash\nwhile [ $1 != OUTPUT_DIR ]; do shift; done\n{script}\n")
+        file.write_text(f'#!/bin/bash\nwhile [ "$1" != OUTPUT_DIR ]; do shift; done\n{script}\n')
         file.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(file))
 
