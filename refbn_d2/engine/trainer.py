@@ -35,7 +35,7 @@ from ..log import get_logger
 from ..rng import forked_rng
 from ..statistics.inference import recompute_statistics
 from ..statistics.reference import reference_layers
-from ..upstream import exchanged
+from ..upstream import exchanged, whole_files
 from .checkpoint import Checkpointer
 from .evaluators import build_evaluator
 from .hooks import EvalHook, ExactResume, ProgressBar, ReferenceHook, StatisticsHook
@@ -287,6 +287,12 @@ class Trainer(DefaultTrainer):
         if MetadataCatalog.get(dataset_name).get("evaluator_type") == "coco":
             make_coco_file(cfg, dataset_name, folder)
         return build_evaluator(cfg, dataset_name, folder)
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model, evaluators=None) -> Dict[str, Any]:
+        """Same as upstream, but a killed evaluation leaves no half-written results files."""
+        with whole_files():
+            return super().test(cfg, model, evaluators)
 
     @classmethod
     def test_with_augmentation(cls, cfg: CfgNode, model) -> Dict[str, Any]:

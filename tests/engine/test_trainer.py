@@ -2,11 +2,16 @@
 
 import json
 import math
+import sys
 from argparse import Namespace
+from types import ModuleType
 
 import pytest
 import tiny
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import defaults
+from detectron2.evaluation import COCOPanopticEvaluator, LVISEvaluator, SemSegEvaluator
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
@@ -238,3 +243,71 @@ def test_precise_bn_recomputes_mixed_statistics(tiny_data, train_net, tmp_path):
     assert result.status == 0, result.err
     results = tmp_path / "eval" / "inference" / "coco_instances_results.json"
     assert json.loads(results.read_text()) == found[0]
+
+
+def _semantic(folder):
+    return SemSegEvaluator("interrupted", distributed=False, output_dir=folder)
+
+
+def _panoptic(folder):
+    return COCOPanopticEvaluator("interrupted", folder)
+
+
+def _lvis(folder):
+    evaluator = LVISEvaluator("interrupted", distributed=False, output_dir=folder)
+    evaluator._predictions = [{"instances": []}]  # it writes nothing without any
+    return evaluator
+
+
+@pytest.fixture
+def interrupted(tmp_path, monkeypatch):
+    """Registers a data set with all that the evaluators of upstream read of it."""
+    ground_truth = tmp_path / "ground_truth.json"
+    ground_truth.write_text("{}")
+    fake = ModuleType("lvis")  # not installed; the test does not come to its computations
+    fake.LVIS = lambda path: Namespace(get_ann_ids=lambda: [1])
+    monkeypatch.setitem(sys.modules, "lvis", fake)
+    DatasetCatalog.register("interrupted", lambda: [])
+    MetadataCatalog.get("interrupted").set(
+        json_file=str(ground_truth),
+        panoptic_json=str(ground_truth),
+        panoptic_root=str(tmp_path),
+        thing_dataset_id_to_contiguous_id={},
+        stuff_dataset_id_to_contiguous_id={},
+        stuff_classes=["sky"],
+        ignore_label=255,
+    )
+    yield
+    DatasetCatalog.remove("interrupted")
+    MetadataCatalog.remove("interrupted")
+
+
+@pytest.mark.parametrize(
+    "make, file",
+    [
+        (_semantic, "sem_seg_predictions.json"),
+        (_panoptic, "predictions.json"),
+        (_lvis, "lvis_instances_results.json"),
+    ],
+)
+def test_an_interrupted_evaluation_keeps_the_results_before_it(
+    make, file, interrupted, tmp_path, monkeypatch
+):
+    """Upstream's evaluators empty the file first, and then convert what they will write."""
+    folder = tmp_path / "inference"
+    folder.mkdir()
+    (folder / file).write_text("before")
+    evaluator = make(str(folder))
+    if not hasattr(evaluator, "_predictions"):
+        evaluator.reset()
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(json, "dumps", interrupt)
+    monkeypatch.setattr(defaults, "inference_on_dataset", lambda *args: args[-1].evaluate())
+    monkeypatch.setattr(Trainer, "build_test_loader", lambda *args: None)
+    cfg = Namespace(DATASETS=Namespace(TEST=("interrupted",)))
+    with pytest.raises(KeyboardInterrupt):
+        Trainer.test(cfg, None, evaluator)
+    assert (folder / file).read_text() == "before"
