@@ -57,6 +57,7 @@ class Report:
         common: correlation of the norms' deviations at one seed.
         cluster: images a cluster.
         effect: true difference of each norm from its baseline.
+        paired: whether runs with a common seed are paired.
         watch: condition whose comparisons are counted; None for all.
         limit: whether the row breaks the model on purpose, to show what happens.
     """
@@ -69,6 +70,7 @@ class Report:
     common: float = 0.0
     cluster: int = 1
     effect: float = 0.0
+    paired: bool = False
     watch: Optional[int] = None
     limit: bool = False
 
@@ -113,6 +115,18 @@ REPORTS = [
            run_by_image=0.2, cluster=20),
     Report("5 against 5, spread 1, seeds in common correlate by 0.68", (pair((5, 5), (1, 1)),),
            common=0.68),
+    Report("the same, paired by seed", (pair((5, 5), (1, 1)),), common=0.68, paired=True),
+    Report("5 against 5, spread 2, correlation 0.9, paired, images matter little",
+           (pair((5, 5), (2, 2)),), common=0.9, paired=True, **FEW),
+    Report("5 against 5, spread 1, correlation 0, paired", (pair((5, 5), (1, 1)),), paired=True),
+    Report("5 against 5, spreads 0.5 and 2, correlation 0.68, paired",
+           (pair((5, 5), (0.5, 2)),), common=0.68, paired=True),
+    Report("10 against 10, spread 1, correlation 0.68, paired", (pair((10, 10), (1, 1)),),
+           common=0.68, paired=True),
+    Report("4 norms, 5 runs each, spreads 1, 1, 1.5, 2, correlation 0.68, paired",
+           (pair((5,) * 4, (1, 1, 1.5, 2)),), common=0.68, paired=True),
+    Report("7 conditions, 5 runs each, spreads vary by 1.8, correlation 0.68, paired",
+           (pair((5, 5), (1.5, 1.5)),) * 7, scatter=0.6, common=0.68, paired=True, **FEW),
     Report("2 against 2, spreads 0.5 and 2", (pair((2, 2), (0.5, 2)),), limit=True),
     Report("the same, images matter little", (pair((2, 2), (0.5, 2)),), limit=True, **FEW),
     Report("7 conditions, 2 runs each, spread 1: the one with 3",
@@ -145,7 +159,7 @@ class Norm:
 
 
 def draw(rng: np.random.Generator, report: Report) -> List[Tuple[List[Norm], List[float]]]:
-    """For each condition its norms and the true variance of each norm's mean."""
+    """For each condition its norms, and the true variances of their differences from the first."""
     found = []
     count = IMAGES // report.cluster
     within = WITHIN_CLUSTER if report.cluster > 1 else 0.0
@@ -166,21 +180,31 @@ def draw(rng: np.random.Generator, report: Report) -> List[Tuple[List[Norm], Lis
             by_cluster = values @ halves(report.cluster)
             by_image = by_cluster if report.cluster == 1 else values @ halves(1)
             norms.append(Norm(values.mean(1), by_cluster, by_image))
-            independent = (sd * factor) ** 2 * (1 - report.common) + report.run_by_image**2
-            variances.append(report.images**2 / 2 + independent / runs)
+            runs_of, sd_of = condition[0]
+            # What a common seed does to both norms cancels, if both spread alike.
+            both = report.common * (sd - sd_of) ** 2 * factor**2 / runs
+            own_variances = (
+                ((1 - report.common) * (s * factor) ** 2 + report.run_by_image**2) / k
+                for k, s in ((runs_of, sd_of), (runs, sd))
+            )
+            variances.append(report.images**2 + both + sum(own_variances))
         found.append((norms, variances))
     return found
 
 
-def compared(conditions: Sequence[Sequence[Norm]], units: int) -> List[List[Difference]]:
+def compared(
+    conditions: Sequence[Sequence[Norm]], units: int, paired: bool = False
+) -> List[List[Difference]]:
     """As evaluation/comparison.py does it, for each condition its differences."""
     names = [[f"{c} {n}" for n in range(len(norms))] for c, norms in enumerate(conditions)]
     ap = {k: n.ap for keys, norms in zip(names, conditions) for k, n in zip(keys, norms)}
     pairs = [(keys[0], other) for keys in names for other in keys[1:]]
-    spreads = iter(shared_spreads(ap, pairs))
+    spreads = iter(shared_spreads(ap, pairs, [paired] * len(pairs)))
     return [
         [
-            difference(a.ap, b.ap, a.replicates, b.replicates, units, next(spreads), len(pairs))
+            difference(
+                a.ap, b.ap, a.replicates, b.replicates, units, next(spreads), len(pairs), paired
+            )
             for a, b in ((norms[0], other) for other in norms[1:])
         ]
         for norms in conditions
@@ -215,12 +239,13 @@ def coverage(report: Report, repetitions: int) -> Dict[str, float]:
     counted = 1 if report.watch is not None else sum(len(c) - 1 for c in report.conditions)
     for _ in range(repetitions // counted):
         drawn = draw(rng, report)
-        found = compared([norms for norms, _ in drawn], IMAGES // report.cluster)
+        norms_of = [norms for norms, _ in drawn]
+        found = compared(norms_of, IMAGES // report.cluster, report.paired)
         for c, ((norms, variances), differences) in enumerate(zip(drawn, found)):
             if report.watch not in (None, c):
                 continue
             for other, variance, d in zip(norms[1:], variances[1:], differences):
-                oracle = 1.96 * np.sqrt(variances[0] + variance)
+                oracle = 1.96 * np.sqrt(variance)
                 error = abs(d.delta - report.effect)
                 reach = (d.ci95[1] - d.ci95[0]) / 2 if d.ci95 else np.nan
                 old, _ = first_version(norms[0], other)

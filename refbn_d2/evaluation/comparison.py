@@ -13,6 +13,7 @@ from .ap import METRICS, Evaluation, evaluate
 from .inputs import GroundTruth, coverage_warnings, load_ground_truth, load_results
 from .interval import (
     MARGIN,
+    PAIRED_FROM,
     Difference,
     Verdict,
     difference,
@@ -48,6 +49,15 @@ class NormRuns:
     @property
     def condition(self) -> str:
         return self.runs[0].condition
+
+    def paired_with(self, other: "NormRuns") -> bool:
+        """Whether runs are compared seed by seed: enough of them, with the same known seeds."""
+        seeds = [run.seed for run in self.runs]
+        return (
+            len(seeds) >= PAIRED_FROM
+            and seeds == [run.seed for run in other.runs]
+            and all(run.seed_is_known for run in (*self.runs, *other.runs))
+        )
 
     def mean(self, iou_type: str, metric: str) -> float:
         """Mean AP over seeds, in percent."""
@@ -290,12 +300,14 @@ def _all_differences(
     groups: Dict[str, NormRuns], iou_types: Sequence[str], units: int
 ) -> Differences:
     pairs = [(g.baseline, g.label) for g in groups.values() if g.baseline]
+    paired = [groups[base].paired_with(groups[other]) for base, other in pairs]
     found: Differences = {label: {t: {} for t in iou_types} for _, label in pairs}
     for iou_type in iou_types:
         for column, metric in enumerate(METRICS):
             scores = {label: g.scores[iou_type] for label, g in groups.items()}
             ap = {k: np.array([s.table[metric] for s in v]) for k, v in scores.items()}
-            for (base, other), spread in zip(pairs, shared_spreads(ap, pairs)):
+            spreads = shared_spreads(ap, pairs, paired)
+            for (base, other), spread, together in zip(pairs, spreads, paired):
                 found[other][iou_type][metric] = difference(
                     ap[base],
                     ap[other],
@@ -304,5 +316,6 @@ def _all_differences(
                     units,
                     spread,
                     comparisons=len(pairs),
+                    paired=together,
                 )
     return found

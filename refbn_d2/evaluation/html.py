@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Sequence
 
 import jinja2
 import numpy as np
@@ -11,7 +11,7 @@ from . import plots
 from .ap import ERRORS, METRICS, Evaluation
 from .comparison import Comparison, NormRuns
 from .forest import Row, forest
-from .interval import Difference, Spread, difference, shared_spreads
+from .interval import Difference, difference
 from .printable import printable
 from .text import (
     MARKS,
@@ -137,20 +137,21 @@ def _errors(comparison: Comparison, iou_type: str) -> Dict[str, Any]:
         own = values(group)
         base = values(comparison.groups[group.baseline]) if group.baseline else own
         cells = []
+        paired = bool(group.baseline) and group.paired_with(comparison.groups[group.baseline])
         for a, b in zip(base, own):
             cell = {"value": number(float(b.mean())), "delta": "", "interval": ""}
             if group.baseline:
-                d = _over_seeds(a, b)
+                d = _over_seeds(a, b, paired)
                 cell.update(delta=signed(d.delta), interval=bounds(d.ci95))
             cells.append(cell)
         rows.append({"group": group, "cells": cells})
     return {"title": TITLES[iou_type], "rows": rows}
 
 
-def _over_seeds(base: np.ndarray, other: np.ndarray) -> Difference:
+def _over_seeds(base: np.ndarray, other: np.ndarray, paired: bool) -> Difference:
     """The difference of two norms on these very images: they add no variance."""
     given = [np.repeat(x[:, None], 2, axis=1) for x in (base, other)]
-    return difference(base, other, *given, 2, _spread(base, other))
+    return difference(base, other, *given, 2, paired=paired)
 
 
 def _as_text(value: Any) -> Any:
@@ -174,10 +175,6 @@ def _precision_recall(comparison: Comparison) -> List[Dict[str, str]]:
         for groups in _by_condition(comparison)
         for t in comparison.iou_types
     ]
-
-
-def _spread(base: np.ndarray, other: np.ndarray) -> Optional[Spread]:
-    return shared_spreads({"base": base, "other": other}, [("base", "other")])[0]
 
 
 def _categories(comparison: Comparison, groups: List[NormRuns]) -> List[Dict[str, Any]]:
@@ -222,8 +219,8 @@ def _category_rows(
     for key in keys:
         x, y = (np.array([s.categories[key] for s in scores]) for scores in (a, b))
         d = difference(
-            x, y, _replicates(a, key), _replicates(b, key), comparison.units, _spread(x, y),
-            comparisons=len(keys),
+            x, y, _replicates(a, key), _replicates(b, key), comparison.units,
+            comparisons=len(keys), paired=other.paired_with(base),
         )  # fmt: skip
         clear = d.p_adjusted < 0.05
         mark = ("▲" if d.delta > 0 else "▼") if clear else ""

@@ -30,6 +30,16 @@ common s_0^2 like s_0^2 d_0 / chi^2(d_0), with s_0^2 and d_0 fitted to the log s
 together. Unlike limma's, an s^2 is raised by this and never lowered: a condition whose runs scatter
 more than those of the others, such as a norm near divergence, keeps its own spread.
 
+*Common seeds.* Runs of both norms with one seed share initial weights, the order of the data and
+the drawn RoIs, and may do well or badly together; S and T are then not independent between norms.
+From PAIRED_FROM runs on such runs are paired, as in the paired t-test: the spread is that of the
+differences d_s between the two runs of a seed, s^2 = Var(d_s) / 2 with k - 1 degrees of freedom,
+and T is that of the differences, too. This is valid whatever the correlation; it shortens the
+interval if the correlation makes up for half of the degrees of freedom, which takes 0.31 with 5
+runs and 0.58 with 3. Whether runs are paired depends on their number and not on their results,
+because the shorter of two intervals would cover too little. docs/evaluation.md has measured
+correlations.
+
 *Together.* The resamples alone estimate Var(T), as the variance of a run about its norm's mean over
 runs. Hence Var(T) is not counted twice, and the spread over seeds is never taken to be less than
 Var(T), which is known well, only because runs happened to agree. The interval is
@@ -45,9 +55,7 @@ then, only one that treats the checkpoints as given (image sampling alone). To u
 spread would assume that both spread alike, which one run cannot show.
 
 Covered: another draw of images (or clusters) from where these came from, and another draw of
-training seeds. Not covered: another data set, architecture, schedule or learning rate. Seeds are
-treated as independent between norms, although equal seed numbers may share initialization and data
-order; if that makes them alike, the interval is longer than it needs to be.
+training seeds. Not covered: another data set, architecture, schedule or learning rate.
 
 How these choices compare in coverage and length: dev/check_coverage.py, docs/evaluation.md.
 """
@@ -66,6 +74,7 @@ __all__ = [
     "CONFIDENCE",
     "EFFECT",
     "MARGIN",
+    "PAIRED_FROM",
     "POWER",
     "Difference",
     "RunsNeeded",
@@ -83,6 +92,9 @@ POWER = 0.8
 EFFECT = 0.5  # AP, the paper's claim
 MARGIN = 0.5  # AP; smaller differences count as none in practice
 MAX_SEEDS = 10_000
+# Runs of each norm from which those with the same seed are paired. With fewer, the interval would
+# be longer unless the correlation is high.
+PAIRED_FROM = 5
 # Comparisons from which on spreads are moderated: a distribution cannot be fitted to two.
 _MODERATED_FROM = 3
 # Part of Var(T) that keeps the degrees of freedom of the images; all of it would cover too little.
@@ -141,7 +153,9 @@ class Difference:
         df: degrees of freedom of the sum of the three.
         units: images, or clusters of images, that were drawn.
         runs: of the baseline and of the other norm.
-        spread: from run to run, of one run; None if a norm has one run.
+        spread: from run to run, of one run, or half the variance of the differences of paired runs;
+            None if a norm has one run.
+        paired: whether runs with the same seed were paired.
         comparisons: number of comparisons for which a simultaneous interval holds.
     """
 
@@ -154,6 +168,7 @@ class Difference:
     runs: Tuple[int, int] = (0, 0)
     spread: Optional[Spread] = None
     comparisons: int = 1
+    paired: bool = False
 
     @property
     def se(self) -> float:
@@ -248,7 +263,7 @@ class Difference:
         tails = (1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2
         ends = [variance * df / special.chdtri(df, tail) for tail in tails]
         estimate, low, high = (
-            seeds_needed(math.sqrt(v), effect, image_se) for v in (variance, *ends)
+            seeds_needed(math.sqrt(v), effect, image_se, self.paired) for v in (variance, *ends)
         )
         return RunsNeeded(estimate, low, high)
 
@@ -264,7 +279,7 @@ class Difference:
         run_by_image = self.run_by_image / more_images / more_runs
         run_term = run_by_image + self.seeds / more_runs
         known = _KNOWN * run_by_image if self.runs[0] == self.runs[1] else 0.0
-        df_runs = self.spread.df + (more_runs - 1) * sum(self.runs)
+        df_runs = self.spread.df + (more_runs - 1) * sum(self.runs) / (2 if self.paired else 1)
         df = _df([(images + known, more_images * self.units - 1), (run_term - known, df_runs)])
         tail = (1 - CONFIDENCE) / 2 / self.comparisons
         return float(-special.stdtrit(df, tail)) * math.sqrt(images + run_term)
@@ -283,6 +298,7 @@ class Difference:
             "se_images": self.se_images,
             "se_seeds": self.se_seeds,
             "df": self.df if math.isfinite(self.df) else None,
+            "paired": self.paired,
             "seeds_needed": needed and [needed.low, needed.estimate, needed.high],
         }
 
@@ -331,29 +347,36 @@ def half_samples(
 
 
 def shared_spreads(
-    ap: Mapping[str, np.ndarray], pairs: Sequence[Tuple[str, str]]
+    ap: Mapping[str, np.ndarray],
+    pairs: Sequence[Tuple[str, str]],
+    paired: Optional[Sequence[bool]] = None,
 ) -> List[Optional[Spread]]:
     """The spread over seeds of each compared pair of norms, moderated over all pairs of a report.
 
     Args:
         ap: name -> float64 (k,), AP of each run of a norm under a condition.
         pairs: names of a baseline and the norm compared with it.
+        paired: for each pair, whether runs at the same position have the same seed and are paired;
+            None: no runs are.
 
     Returns:
         a spread a pair; None where the two have unequal numbers of runs, one run, or no AP.
     """
-    found = [_pooled(ap[a], ap[b]) for a, b in pairs]
+    paired = [False] * len(pairs) if paired is None else paired
+    found = [_pooled(ap[a], ap[b], together) for (a, b), together in zip(pairs, paired)]
     used = {name for pair, spread in zip(pairs, found) if spread for name in pair}
     total_df = sum(len(ap[name]) - 1 for name in used)
     shrunken = iter(moderated([s for s in found if s], total_df))
     return [s and next(shrunken) for s in found]
 
 
-def _pooled(base: np.ndarray, other: np.ndarray) -> Optional[Spread]:
+def _pooled(base: np.ndarray, other: np.ndarray, paired: bool = False) -> Optional[Spread]:
     """The spread of two norms with equally many runs, (k,) float64 each; None for other norms."""
     k = len(base)
     if k < 2 or k != len(other) or not np.isfinite([base, other]).all():
         return None
+    if paired:
+        return Spread(float((other - base).var(ddof=1)) / 2, k - 1)
     return Spread(float(base.var(ddof=1) + other.var(ddof=1)) / 2, 2 * (k - 1))
 
 
@@ -403,6 +426,7 @@ def difference(
     units: int,
     spread: Optional[Spread] = None,
     comparisons: int = 1,
+    paired: bool = False,
 ) -> Difference:
     """Compares one metric of two norms by the model above.
 
@@ -412,12 +436,15 @@ def difference(
         units: images of the data set, or clusters of images if these were drawn.
         spread: of the runs of both norms, moderated over a report; None: from these runs alone.
         comparisons: number of comparisons that are reported together.
+        paired: whether runs at the same position have the same seed and are paired.
     """
     delta = float(other.mean() - base.mean())
     runs = len(base), len(other)
     if not np.isfinite(delta):
         return Difference(runs=runs, comparisons=comparisons)
-    known = {"delta": delta, "units": units, "runs": runs, "comparisons": comparisons}
+    known = {
+        "delta": delta, "units": units, "runs": runs, "comparisons": comparisons, "paired": paired
+    }  # fmt: skip
     if _same_runs(base, base_replicates, other, other_replicates):
         return Difference(images=0.0, run_by_image=0.0, seeds=0.0, df=math.inf, **known)
     # A half without a single object of the metric's size says nothing about it.
@@ -432,8 +459,11 @@ def difference(
         return Difference(images=images, run_by_image=0.0, **known)
 
     shares = [1 / k for k in runs]
-    by_run = [_run_by_image(r, scale) for r in (a, b)]
-    shared = spread or _pooled(base, other)
+    # The variance of a difference of paired runs is that of two runs.
+    by_run = (
+        [_run_by_image(b - a, scale) / 2] if paired else [_run_by_image(r, scale) for r in (a, b)]
+    )
+    shared = spread or _pooled(base, other, paired)
     if shared:
         run_by_image = float(np.mean(by_run)) * sum(shares)
         run_term, df = max(shared.variance * sum(shares), run_by_image), shared.df
@@ -475,7 +505,9 @@ def _df(terms: Sequence[Tuple[float, float]]) -> float:
     return total / sum(v / d for v, d in terms) if total > 0 else math.inf
 
 
-def seeds_needed(spread: float, effect: float = EFFECT, image_se: float = 0.0) -> Optional[int]:
+def seeds_needed(
+    spread: float, effect: float = EFFECT, image_se: float = 0.0, paired: bool = False
+) -> Optional[int]:
     """Number of runs of each norm for which the interval at 95 % finds ``effect`` with 80 % power.
 
     Args:
@@ -483,6 +515,7 @@ def seeds_needed(spread: float, effect: float = EFFECT, image_se: float = 0.0) -
         effect: true difference, in the same unit.
         image_se: standard error of the difference that image sampling alone leaves, however many
             the runs; 0 asks about these very images.
+        paired: whether runs are paired; ``spread`` is then that of a difference, by sqrt(2).
 
     Returns:
         at least 2; None if no number up to MAX_SEEDS will do, for instance because images limit.
@@ -491,7 +524,7 @@ def seeds_needed(spread: float, effect: float = EFFECT, image_se: float = 0.0) -
     def power(k: int) -> float:
         seeds = 2 * spread**2 / k
         total = image_se**2 + seeds
-        df, shift = (2 * k - 2) * total / seeds, effect / math.sqrt(total)
+        df, shift = (k - 1) * (1 if paired else 2) * total / seeds, effect / math.sqrt(total)
         edge = stats.t.ppf((1 + CONFIDENCE) / 2, df)
         return stats.nct.sf(edge, df, shift) + stats.nct.cdf(-edge, df, shift)
 

@@ -26,6 +26,7 @@ class Run:
         ims_per_batch: Number of images per batch, if known.
         grouping: Grouping strength of the batches, from 0 (i.i.d.) to 1, if known.
         protocol: Name of the protocol of the comparison, if there are several.
+        seed_is_known: Whether ``seed`` is the SEED of the training.
         pretraining_seed: SEED of the pretraining that runs of all seeds share, if they share one.
         log: Path of detectron2's metrics.json, if it exists.
         gt, image_root: Paths of the ground truth and the images, if the run folder names them.
@@ -38,6 +39,7 @@ class Run:
     ims_per_batch: Optional[int] = None
     grouping: Optional[float] = None
     protocol: Optional[str] = None
+    seed_is_known: bool = False
     pretraining_seed: Optional[int] = None
     log: Optional[Path] = None
     gt: Optional[Path] = None
@@ -142,6 +144,7 @@ def _read_run(file: Path) -> Run:
         ims_per_batch=field("ims_per_batch", int),
         grouping=grouping,
         protocol=field("protocol", str),
+        seed_is_known=True,
         pretraining_seed=field("pretraining_seed", int),
         log=log if log.exists() else None,
         error=error,

@@ -5,7 +5,7 @@ from typing import Dict, List, Optional, Tuple
 
 from .ap import METRICS
 from .comparison import Comparison
-from .interval import CONFIDENCE, EFFECT, Difference, RunsNeeded, Verdict
+from .interval import CONFIDENCE, EFFECT, PAIRED_FROM, Difference, RunsNeeded, Verdict
 
 __all__ = [
     "MARKS", "PAPER_TABLE", "SEEDS_LEAD", "TITLES", "bounds", "columns", "interval", "model_text",
@@ -191,13 +191,20 @@ def model_text(comparison: Comparison) -> str:
         if single
         else ""
     )
+    paired = [comparison.primary_difference(k).paired for k in comparison.differences]
+    pairs = " The runs with the same seed are paired" if any(paired) else ""
+    if pairs:
+        which = (
+            "" if all(paired) else f" where both norms have the same {PAIRED_FROM} or more seeds"
+        )
+        pairs += f"{which}: the spread is that of their differences."
     return (
         f"Each interval is a 95 % t-interval of other minus {comparison.baseline}, means over "
         f"seeds.{simultaneous} Image sampling: all runs are scored on the same "
         f"{comparison.resamples} random halves of the {drawn} (paired delete-half jackknife). "
         "Training seeds: the spread of AP over the runs, pooled over both norms where they have "
         "equally many runs and moderated by the other comparisons where there are three or more, "
-        f"less the part that the images already explain.{one_run} "
+        f"less the part that the images already explain.{pairs}{one_run} "
         f"The verdict is on {TITLES[comparison.primary]} AP alone: better or worse if its interval "
         f"excludes 0; practically the same (≈) if its 90 % interval lies within "
         f"±{comparison.margin:g} AP; otherwise undecided. "

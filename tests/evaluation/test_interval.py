@@ -142,6 +142,42 @@ def test_equally_many_runs_without_image_noise_are_students_t_test():
     assert found.se_images == pytest.approx(0, abs=1e-12)
 
 
+def test_paired_runs_without_image_noise_are_the_paired_t_test():
+    rng = np.random.default_rng(2)
+    common = rng.normal(0, 3, 6)
+    a, b = 30 + common + rng.normal(0, 0.5, 6), 31 + common + rng.normal(0, 0.5, 6)
+    found = difference(a, b, *flat(a, b), 100, paired=True)
+    expected = stats.ttest_rel(b, a)
+    interval = expected.confidence_interval()
+    assert found.p == pytest.approx(expected.pvalue)
+    assert found.ci95 == pytest.approx((interval.low, interval.high))
+    # What the seeds have in common is no longer in the interval.
+    apart = difference(a, b, *flat(a, b), 100)
+    assert found.se < 0.5 * apart.se and found.delta == apart.delta
+    assert found.reach_with() == pytest.approx((interval.high - interval.low) / 2)
+
+
+def test_what_an_image_does_to_both_runs_of_a_seed_is_not_the_runs_own():
+    # Each seed does something to each image, the same in both norms: no difference is due to it.
+    rng = np.random.default_rng(3)
+    by_seed = rng.normal(30, 1, (6, 200))
+    ap = [30 + rng.normal(0, 0.1, 6) for _ in range(2)]
+    paired = difference(*ap, by_seed, by_seed + 1, 400, paired=True)
+    assert paired.run_by_image == pytest.approx(0, abs=1e-12)
+    assert difference(*ap, by_seed, by_seed + 1, 400).run_by_image > 0.1
+
+
+def test_seeds_needed_of_paired_runs_by_simulation():
+    k = seeds_needed(0.5, paired=True)  # differences with a standard deviation of 0.5 sqrt(2)
+    rng = np.random.default_rng(7)
+
+    def power(runs):
+        differences = rng.normal(0.5, 0.5 * np.sqrt(2), (20_000, runs))
+        return (stats.ttest_1samp(differences, 0, axis=1).pvalue < 0.05).mean()
+
+    assert power(k) > 0.79 and power(k - 1) < 0.81
+
+
 def test_unequally_many_runs_keep_their_own_spreads():
     a, b = np.array([36.1, 36.9, 36.4]), np.array([37.9, 36.8, 37.2, 38.0, 37.5])
     found = difference(a, b, *flat(a, b), 100)

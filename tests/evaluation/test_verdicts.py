@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from refbn_d2.errors import UserError
-from refbn_d2.evaluation.comparison import compare
+from refbn_d2.evaluation.comparison import NormRuns, compare
 from refbn_d2.evaluation.interval import Verdict
-from refbn_d2.evaluation.runs import named_results
+from refbn_d2.evaluation.runs import Run, named_results
 from refbn_d2.evaluation.text import MARKS, model_text, seed_lines, verdicts
 from tests.evaluation import generated
 from tests.evaluation.simulated import comparison
@@ -143,6 +143,17 @@ def test_a_shared_pretraining_is_said(files):
     shared = [replace(run, pretraining_seed=7) for run in runs]
     (sentence,) = compare(shared, files["gt"], ["bbox"], None, 20, 0).warnings
     assert "(seed 7)" in sentence and "Intervals leave out" in sentence
+
+
+def test_runs_are_paired_by_known_seeds_from_five_on(files):
+    def runs(name, seeds, known=True):
+        return NormRuns(name, [Run(name, s, files["a"], seed_is_known=known) for s in seeds])
+
+    five = runs("A", [1, 2, 3, 4, 5])
+    assert runs("B", [1, 2, 3, 4, 5]).paired_with(five)
+    assert not runs("B", [1, 2, 3, 4, 6]).paired_with(five)
+    assert not runs("B", [1, 2, 3, 4, 5], known=False).paired_with(five)
+    assert not runs("B", [1, 2, 3, 4]).paired_with(runs("A", [1, 2, 3, 4]))
 
 
 def test_one_result_under_two_names(files, write):
