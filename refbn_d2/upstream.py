@@ -115,6 +115,11 @@ SEAMS: Dict[str, Seam] = {
         "detectron2.evaluation:COCOEvaluator._eval_predictions",
         "a run that is killed leaves half a results file under the name of a whole one",
     ),
+    "PIL.Image:open": Seam(
+        "detectron2.data.detection_utils:read_image",
+        "it decodes any format, for some of which Pillow starts a program, and any size",
+        f"{_DETECTRON2}, Pillow 10 to 13",
+    ),
     "pycocotools.coco:COCO": Seam(
         "detectron2.data.datasets.coco:load_coco_json",
         "it reads the file once more, and without checks",

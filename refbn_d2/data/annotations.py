@@ -8,11 +8,11 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence, Set
 import numpy as np
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
-from PIL import Image
 from pycocotools import mask as mask_util
 
 from ..errors import UserError
-from ..io.coco import box_problem, is_int, is_number, masks_problem
+from ..io.coco import box_problem, is_file_name, is_int, is_number, masks_problem
+from ..io.images import open_image
 
 __all__ = ["Contents", "check_dicts", "contents", "plain_dicts"]
 
@@ -91,9 +91,12 @@ def _plain_dict(
         raise UserError(f"{where}: entry {position} is a {type(d).__name__}, not a dict")
     d = dict(d)
     if "file_name" in d:
-        if not isinstance(d["file_name"], (str, os.PathLike)):
-            raise UserError(f"{where}: entry {position}: file_name is {d['file_name']!r}")
-        d["file_name"] = os.fspath(d["file_name"])
+        name = (
+            os.fspath(d["file_name"]) if isinstance(d["file_name"], os.PathLike) else d["file_name"]
+        )
+        if not is_file_name(name):
+            raise UserError(f"{where}: entry {position}: file_name is {name!r}, no file's name")
+        d["file_name"] = name
     elif "image" not in d:  # neither on the disk nor in memory
         raise UserError(f"{where}: entry {position} has no file_name")
     d["image_id"] = _plain(d.get("image_id", position))
@@ -116,11 +119,17 @@ def _plain_dict(
 def _size(file_name: str, where: str) -> Sequence[int]:
     """(width, height) of an image as detectron2 reads it: turned as its Exif data say."""
     try:
-        with PathManager.open(file_name, "rb") as f, Image.open(f) as image:
-            turned = image.getexif().get(274, 1) in (5, 6, 7, 8)
+        with PathManager.open(file_name, "rb") as f, open_image(f, file_name) as image:
+            try:
+                turned = image.getexif().get(274, 1) in (5, 6, 7, 8)
+            except Exception:  # damaged Exif data, which detectron2 leaves out of account, too
+                turned = False
             return image.size[::-1] if turned else image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise UserError(f"{where} has no height and width, and cannot be read: {e}") from None
+    except OSError as e:
+        problem = f"{file_name} cannot be read: {e.strerror}"
+    except UserError as e:
+        problem = str(e)
+    raise UserError(f"{where} has no height and width, and {problem}")
 
 
 def _plain_annotation(

@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 
 from ..errors import UserError
 from ..evaluation.inputs import check_ground_truth
-from ..io.coco import is_number
+from ..io.coco import is_file_name, is_number
 from ..io.json import read_json
 from ..upstream import exchanged
 
@@ -92,6 +92,11 @@ def _check_for_detectron2(path: str, content: Dict[str, Any]) -> None:
     for image in content["images"]:
         if not isinstance(image.get("file_name"), str):
             raise UserError(f"{path}: image {image['id']} has no file_name")
+        if not is_file_name(image["file_name"]):
+            raise UserError(
+                f"{path}: image {image['id']} has file_name {image['file_name']!r}, which no file "
+                "can have"
+            )
     for annotation in content["annotations"]:
         if annotation.get("ignore", 0) != 0:
             raise UserError(

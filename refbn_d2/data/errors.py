@@ -1,17 +1,19 @@
 """Errors about data that name the data set or the file."""
 
+import functools
 import os
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, Sequence
+from typing import Any, Callable, Dict, Iterator, Sequence, Tuple
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import SizeMismatchError
-from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 from ..errors import UserError
+from ..io.images import decoded_image
+from ..upstream import exchanged
 
-__all__ = ["annotation_files", "dataset_errors", "naming_the_file"]
+__all__ = ["annotation_files", "dataset_errors", "image_errors", "naming_the_file"]
 
 
 def annotation_files(names: Sequence[str]) -> str:
@@ -45,38 +47,61 @@ class _NamingTheFile:
         self._mapper = mapper
 
     def __call__(self, dataset_dict: Dict[str, Any]) -> Any:
+        size = dataset_dict.get("width"), dataset_dict.get("height")
         try:
-            self._check_header(dataset_dict)
-            return self._mapper(dataset_dict)
-        except FileNotFoundError:
-            raise UserError(f"image {dataset_dict['file_name']} does not exist") from None
+            with image_errors(functools.partial(_check_header, size=size)):
+                return self._mapper(dataset_dict)
         except SizeMismatchError as e:
             raise UserError(f"image {dataset_dict['file_name']}: {e}") from None
-        # What Pillow raises on damaged files, and on those that say they are huge.
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-            raise UserError(f"image {dataset_dict['file_name']} cannot be read: {e}") from None
 
-    @staticmethod
-    def _check_header(d: Dict[str, Any]) -> None:
-        """Refuses, before a pixel is decoded, what would go wrong without an error."""
-        if "file_name" not in d:  # drawn, not read
-            return
-        with PathManager.open(d["file_name"], "rb") as f, Image.open(f) as image:
-            if image.format == "EPS":
-                raise UserError(f"image {d['file_name']} is PostScript, a program to run")
-            if image.mode[0] in "IF":
-                raise UserError(
-                    f"image {d['file_name']} has more than 8 bits a pixel (Pillow's mode "
-                    f"{image.mode}), and would be clipped at 255: convert it to 8 bits"
-                )
-            # Sorted: Exif may turn the image.
-            if "height" in d and sorted(image.size) != sorted((d["width"], d["height"])):
-                raise UserError(
-                    f"image {d['file_name']} has {image.size[0]} x {image.size[1]} pixels, its "
-                    f"annotations say {d['width']} x {d['height']}"
-                )
+
+def _check_header(image: Image.Image, name: str, size: Tuple[Any, Any]) -> None:
+    """Refuses, before a pixel is decoded, what would go wrong without an error."""
+    if image.mode[0] in "IF":
+        raise UserError(
+            f"image {name} has more than 8 bits a pixel (Pillow's mode {image.mode}), and would be "
+            "clipped at 255: convert it to 8 bits"
+        )
+    # Sorted: Exif may turn the image.
+    if None not in size and sorted(image.size) != sorted(size):
+        raise UserError(
+            f"image {name} has {image.size[0]} x {image.size[1]} pixels, its annotations say "
+            f"{size[0]} x {size[1]}"
+        )
+
+
+@contextmanager
+def image_errors(
+    check_header: Callable[[Image.Image, str], None] = lambda image, name: None,
+) -> Iterator[None]:
+    """Within, whoever opens an image by Pillow gets one that can be read, or a UserError.
+
+    The image is decoded when it is opened, so that an error is of the file, and not of the code
+    that uses it.
+
+    Args:
+        check_header: Called with each image, before its pixels are decoded, and the file's name.
+    """
+
+    def opened(file: Any, mode: str = "r", formats: Any = None) -> Image.Image:
+        name = os.fspath(file) if isinstance(file, (str, os.PathLike)) else None
+        name = str(name or getattr(file, "name", "in memory"))
+        return decoded_image(file, name, lambda image: check_header(image, name))
+
+    try:
+        with exchanged("PIL.Image:open", opened):
+            yield
+    except OSError as e:
+        if e.filename is None:  # not of opening a file
+            raise
+        missing = isinstance(e, FileNotFoundError)
+        problem = "does not exist" if missing else f"cannot be read: {e.strerror}"
+        raise UserError(f"image {e.filename} {problem}") from None
 
 
 def naming_the_file(mapper: Callable[[Dict[str, Any]], Any]) -> Callable[[Dict[str, Any]], Any]:
-    """Makes a dataset mapper name the image file when it cannot read it."""
+    """Makes a dataset mapper name the image file when it cannot read it.
+
+    It opens each file once: the checks are made of the image that the mapper opens by Pillow.
+    """
     return _NamingTheFile(mapper)

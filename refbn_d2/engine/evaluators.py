@@ -16,6 +16,7 @@ from detectron2.evaluation import (
     SemSegEvaluator,
 )
 
+from ..data.errors import image_errors
 from ..errors import UserError
 from ..evaluation.coco_evaluator import FastCOCOEvaluator
 
@@ -31,6 +32,14 @@ _NEEDS = {
     "cityscapes_sem_seg": ("cityscapesscripts", "pip install cityscapesscripts"),
     "lvis": ("lvis", "pip install lvis"),
 }
+
+
+class _SemSegEvaluator(SemSegEvaluator):
+    """SemSegEvaluator that names a ground-truth image that it cannot read."""
+
+    def process(self, inputs, outputs) -> None:
+        with image_errors():
+            super().process(inputs, outputs)
 
 
 def build_evaluator(cfg: CfgNode, name: str, output_dir: str) -> DatasetEvaluator:
@@ -62,7 +71,7 @@ def build_evaluator(cfg: CfgNode, name: str, output_dir: str) -> DatasetEvaluato
         return LVISEvaluator(name, output_dir=output_dir)
     evaluators: List[DatasetEvaluator] = []
     if kind in ("sem_seg", "coco_panoptic_seg"):
-        evaluators.append(SemSegEvaluator(name, output_dir=output_dir))
+        evaluators.append(_SemSegEvaluator(name, output_dir=output_dir))
     if kind in ("coco", "coco_panoptic_seg"):
         evaluators.append(
             FastCOCOEvaluator(name, output_dir=output_dir, backend=cfg.TEST.COCO_BACKEND)

@@ -5,6 +5,7 @@ a mask whose runs have the wrong sum. detectron2 silently drops invalid polygons
 training run hours after the file was read.
 """
 
+import os
 import sys
 from typing import Any, List, Optional, Sequence, Tuple
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from .rle import rle_problem
 
-__all__ = ["box_problem", "is_int", "is_number", "is_size", "masks_problem"]
+__all__ = ["box_problem", "is_file_name", "is_int", "is_number", "is_size", "masks_problem"]
 
 # Maximum length of the outline of one polygon in pixels. pycocotools needs 40 bytes per pixel.
 _MAX_OUTLINE = 10_000_000
@@ -28,6 +29,14 @@ def is_number(value: Any) -> bool:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return False
     return abs(value) <= sys.float_info.max
+
+
+def is_file_name(value: Any) -> bool:
+    """Whether ``value`` is text that the operating system takes for a file's name."""
+    try:
+        return isinstance(value, str) and b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
 
 
 def is_size(value: Any, size: Tuple[int, int]) -> bool:

@@ -344,15 +344,15 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 320 320\n%%EndComments\nshow
 PICTURES = {
     **{kind: (encoded(kind), None) for kind in ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF")},
     "missing": (None, "no such file"),
-    "empty": (b"", "cannot be decoded"),
-    "text": (b"404 not found", "cannot be decoded"),
-    "EPS": (EPS, "cannot be decoded"),
+    "empty": (b"", "cannot be read"),
+    "text": (b"404 not found", "cannot be read"),
+    "EPS": (EPS, "cannot be read"),
     "another size": (encoded("PNG", width=50), "320 x 50 pixels"),
-    "bomb": (png_header(60_000, 60_000), "cannot be decoded"),
+    "bomb": (png_header(60_000, 60_000), "cannot be read"),
     "large": (png_header(12_000, 12_000), "12000 x 12000 pixels"),
-    "no pixels": (png_header(320, 320), "cannot be decoded"),
+    "no pixels": (png_header(320, 320), "cannot be read"),
     **{
-        f"cut off {kind}": (encoded(kind)[:2000], "cannot be decoded")
+        f"cut off {kind}": (encoded(kind)[:2000], "cannot be read")
         for kind in ("JPEG", "PNG", "TIFF", "WEBP")
     },
 }

@@ -157,6 +157,7 @@ def test_a_functions_types_become_plain(tiny_data):
         ({"image_id": [1]}, "image_id is .1., neither"),
         ({"height": "64", "width": 80}, "height and width are"),
         ({"file_name": 5}, "file_name is 5"),
+        ({"file_name": "a\0.jpg"}, r"file_name is 'a\\x00.jpg', no file's name"),
         ({"annotations": [{"bbox_mode": 0, "category_id": 0}]}, "annotation 0 has no bbox$"),
         ({"annotations": [{"bbox": [1] * 4, "category_id": 0}]}, "annotation 0 has no bbox_mode"),
         ({"annotations": [{"bbox": [1] * 4, "bbox_mode": 0}]}, "annotation 0 has no category_id"),
