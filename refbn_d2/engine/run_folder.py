@@ -1,5 +1,6 @@
 """OUTPUT_DIR of a run: locked by one run at a time, with errors if it cannot be written."""
 
+import errno
 import os
 import re
 import threading
@@ -178,13 +179,15 @@ def output_errors(folder: str) -> Iterator[None]:
         yield
     except OSError as e:
         file = os.fsdecode(e.filename) if isinstance(e.filename, (str, bytes)) else ""
-        inside = os.path.abspath(folder) + os.sep
-        if not _is_local(folder) or not os.path.abspath(file).startswith(inside):
+        inside = os.path.abspath(file).startswith(os.path.abspath(folder) + os.sep)
+        # Without a name it is of a file that was open before; a run writes to no other folder.
+        read_only = e.errno == errno.EROFS and not file
+        if not _is_local(folder) or not (inside or read_only):
             raise
         check_exists(folder)
         raise UserError(
-            f"{file} cannot be written: {e.strerror}; OUTPUT_DIR has to stay writable while a run "
-            "goes on"
+            f"{file or f'OUTPUT_DIR {folder}'} cannot be written: {e.strerror}; OUTPUT_DIR has to "
+            "stay writable while a run goes on"
         ) from e
 
 

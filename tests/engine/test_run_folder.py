@@ -1,10 +1,13 @@
 """OUTPUT_DIR: one writer, one run, the same model, and one line when it cannot be written."""
 
+import errno
 import json
 import os
+import re
 import shutil
 import signal
 import socket
+import subprocess
 
 import kills
 import pytest
@@ -13,6 +16,7 @@ import torch
 
 from refbn_d2.config import load_config
 from refbn_d2.engine import Trainer
+from refbn_d2.engine.metrics import MetricsWriter
 from refbn_d2.engine.run_folder import output_errors
 from refbn_d2.errors import UserError
 
@@ -171,20 +175,72 @@ def test_a_folder_that_cannot_be_made_is_named(tiny_data, train_net, tmp_path):
     _assert_one_line(result, f"{tmp_path}/file/out cannot be written: Not a directory")
 
 
-def test_a_folder_that_is_deleted_while_the_run_goes_on(tiny_data, tmp_path):
+def _delete(folder):
+    shutil.rmtree(folder)
+
+
+def _replace_by_a_file(folder):
+    shutil.rmtree(folder)
+    folder.touch()
+
+
+def _protect(folder):
+    """Makes the folder read-only. Root may write nevertheless, but not to an immutable folder."""
+    folder.chmod(0o555)
+    if os.access(folder, os.W_OK):
+        changed = subprocess.run(["chattr", "+i", folder], capture_output=True, text=True)
+        if changed.returncode:
+            pytest.skip(f"root writes to any folder here: {changed.stderr.strip()}")
+
+
+def _unprotect(folder):
+    subprocess.run(["chattr", "-i", folder], capture_output=True)
+    folder.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        (_delete, "OUTPUT_DIR {} was deleted while the run went on"),
+        (_replace_by_a_file, "OUTPUT_DIR {} was deleted while the run went on"),
+        # Whichever comes next: a checkpoint, or the folder of the evaluation.
+        (_protect, r"(checkpoint )?{}/\S+ cannot be written: (Operation not|Permission)"),
+    ],
+)
+def test_a_folder_that_is_lost_while_the_run_goes_on(tiny_data, tmp_path, change, expected):
+    """A process of its own, which is stopped for a moment. Open files stay writable in all cases;
+    a file system that becomes read-only as a whole is the next test's."""
     output = tmp_path / "out"
     process = kills.start(tiny_data, output, False)
     kills.wait_for(output / "last_checkpoint", process)
     log = (output / "output.txt").open()
     os.kill(process.pid, signal.SIGSTOP)
-    shutil.rmtree(output)
-    os.kill(process.pid, signal.SIGCONT)
-    process.join()
-    text = log.read()
+    try:
+        change(output)
+        os.kill(process.pid, signal.SIGCONT)
+        process.join()
+        text = log.read()
+    finally:
+        process.kill()
+        if output.is_dir():
+            _unprotect(output)
     assert process.exitcode == 1
     assert "Traceback" not in text
-    assert text.splitlines()[-1] == f"error: OUTPUT_DIR {output} was deleted while the run went on"
-    assert not output.exists()
+    folder = re.escape(str(output))
+    assert re.match(f"error: {expected.format(folder)}", text.splitlines()[-1]), text[-999:]
+    if change is not _protect:
+        assert not output.is_dir()
+
+
+def test_a_file_system_that_becomes_read_only(tiny_data, train_net, tmp_path, monkeypatch):
+    """The operating system names no file where one that is open cannot be written any more."""
+
+    def write(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(MetricsWriter, "write", write)
+    result = train_net(*ARGS, *_options(tmp_path, SOLVER__MAX_ITER=6))
+    _assert_one_line(result, f"OUTPUT_DIR {tmp_path} cannot be written: Read-only file system")
 
 
 def test_only_files_of_the_run_are_blamed_on_its_folder(tmp_path):
