@@ -3,6 +3,7 @@
 from .batch_renorm import BatchRenorm2d
 from .capture import capture
 from .convert import convert_norm
+from .eval_ref_batch_norm import EvalRefBatchNorm2d
 from .fold import fold_norms
 from .functional import batch_moments, ref_batch_norm
 from .instance_norm import InstanceNorm2d
@@ -16,6 +17,7 @@ from .virtual_batch_norm import VirtualBatchNorm2d
 
 __all__ = [
     "BatchRenorm2d",
+    "EvalRefBatchNorm2d",
     "InstanceNorm2d",
     "Moments",
     "NORM_TYPES",

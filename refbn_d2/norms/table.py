@@ -7,6 +7,7 @@ from typing import Any, Callable, Dict, Optional
 from torch import nn
 
 from .batch_renorm import BatchRenorm2d
+from .eval_ref_batch_norm import EvalRefBatchNorm2d
 from .instance_norm import InstanceNorm2d
 from .ref_batch_norm import RefBatchNorm2d
 from .reference_norm import ReferenceNorm2d
@@ -65,7 +66,11 @@ NORM_TYPES: Dict[str, NormType] = {
     "SyncRefBN": NormType(
         SyncRefBatchNorm2d, SyncRefBatchNorm2d, **_BATCH_NORM, configure=_set_pseudo_count
     ),
-    # Not affine_in_eval: with a reference, evaluation normalizes each sample differently.
+    # Not affine_in_eval: evaluation normalizes each sample differently.
+    "EvalRefBN": NormType(
+        EvalRefBatchNorm2d, EvalRefBatchNorm2d, convertible=True, needs_running_stats=True
+    ),
+    # Likewise: with a reference, evaluation normalizes each sample differently.
     "VBN": NormType(VirtualBatchNorm2d, VirtualBatchNorm2d, convertible=True),
     "BRN": NormType(
         BatchRenorm2d,

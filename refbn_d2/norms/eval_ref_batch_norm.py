@@ -1,0 +1,223 @@
+"""EvalRefBatchNorm2d: BatchNorm that evaluates an image as a member of a training batch."""
+
+from typing import Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .functional import statistics_dtype
+from .tracing import as_leaf, in_backward
+
+__all__ = ["EvalRefBatchNorm2d"]
+
+# Training steps between two measurements of the weight: one costs a pass over the input.
+_PERIOD = 16
+_MOMENTUM = 0.1
+# Below this weight an image's own statistics are left out, and evaluation costs what BatchNorm's
+# does. Layers behind a normalized one have weights of a few percent, because the deviations of the
+# images in a batch then cancel.
+_LEAST_WEIGHT = 0.1
+
+
+class EvalRefBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm in training; in evaluation, RefBN with the running statistics as the reference.
+
+    BatchNorm trains with the statistics of a batch of which each image is a part, and evaluates
+    with running statistics that do not depend on the image. The two functions differ most if a
+    batch has few images or if its images are alike, for example because they come from one camera.
+    This norm trains exactly like BatchNorm, and evaluates every sample by its own statistics
+    (mean_x, var_x over H and W) mixed with the running ones, as RefBN mixes a batch with its
+    reference (Luo, Li and Zuo 2020, eq. 15-16)::
+
+        mean = w mean_x + (1 - w) running_mean
+        var  = w var_x  + (1 - w) running_var
+        y    = weight (x - mean) / sqrt(var + eps) + bias
+
+    **The weight w** of a layer is measured in training; it is not a hyperparameter. A sample's mean
+    says this much about the mean of its batch: the least-squares regression of mean_B on mean_x
+    (both as deviations from the running mean) has the slope
+
+        w = E[(mean_B - running_mean)^2] / E[(mean_x - running_mean)^2],
+
+    because mean_B is the average of the mean_x of its N samples, so that Cov(mean_B, mean_x),
+    averaged over the samples, is Var(mean_B). Deviations are in units of the running standard
+    deviation and averaged over channels. If the samples of a batch have an intraclass correlation
+    rho, w = (1 + (N - 1) rho) / N: it is 1 / N for independent images, 1 for a batch of one image
+    or of images that are all alike, and close to 0 behind a layer that has removed the mean of the
+    batch already. A weight below 0.1 counts as 0.
+
+    Every 16th training step takes part in moving averages of the two expectations, by
+    ``num_batches_tracked``, so that a resumed run measures at the same steps. An untrained layer
+    and one that was converted from BatchNorm have w = 0 and evaluate like BatchNorm;
+    ``TEST.PRECISE_BN`` measures the weights of a trained network from training batches.
+
+    Related: Schneider et al. 2020 mix in the same way with one fixed weight for all layers, to
+    adapt to a shifted test set; EvalNorm (Singh and Shrivastava 2019) corrects the running
+    statistics by learned weights; alpha-BN (You et al. 2021) has one weight by hand.
+
+    A sample's output does not depend on the other samples of its batch in evaluation. Statistics
+    are computed in float32 (float64 for float64 input).
+
+    Args:
+        num_features, eps, momentum, affine, device, dtype: Same as in nn.BatchNorm2d.
+
+    Raises:
+        ValueError: If ``track_running_stats`` is False, because evaluation needs them.
+
+    Buffers:
+        batch_deviation, image_deviation: Floating-point scalars, the two moving averages. Both
+            start at 0.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: Optional[float] = 0.1,
+        *,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device=None,
+        dtype=None,
+        bias: bool = True,
+    ):
+        if not track_running_stats:
+            raise ValueError(
+                "EvalRefBN evaluates by running statistics: do not set track_running_stats=False"
+            )
+        super().__init__(num_features, eps, momentum, affine, True, device, dtype)
+        if not bias:
+            self.register_parameter("bias", None)
+        self.least_weight = _LEAST_WEIGHT  # an attribute, because TorchScript sees no globals
+        factory = {"device": device, "dtype": dtype}
+        self.register_buffer("batch_deviation", torch.zeros((), **factory))
+        self.register_buffer("image_deviation", torch.zeros((), **factory))
+        # num_batches_tracked on the host: to read the buffer in each step would wait for the GPU.
+        self._step: Optional[int] = None
+        # The weight on the host, and the tensor and its version that it was read from.
+        self._known: Optional[Tuple[Tensor, int, float]] = None
+
+    # TorchScript compiles properties, and this one is not used in forward.
+    __jit_unused_properties__ = ["own_weight"]
+
+    @property
+    def own_weight(self) -> Tensor:
+        """The weight w of a sample's own statistics in evaluation, a scalar tensor in [0, 1]."""
+        return self._own_weight()
+
+    def _own_weight(self) -> Tensor:
+        weight = self.batch_deviation / self.image_deviation.clamp(min=1e-30)
+        weight = torch.where(weight < self.least_weight, torch.zeros_like(weight), weight)
+        return weight.clamp(max=1.0)
+
+    @torch.no_grad()
+    def set_own_weight(self, batch_deviation: Tensor, image_deviation: Tensor) -> None:
+        """Sets both expectations of w, scalar tensors; see :meth:`deviations`."""
+        self.batch_deviation.copy_(batch_deviation)
+        self.image_deviation.copy_(image_deviation)
+
+    @torch.no_grad()
+    def deviations(self, x: Tensor) -> Tuple[Tensor, Tensor]:
+        """Squared deviations of a training batch from the running mean: (of mean_B, of mean_x).
+
+        Args:
+            x: Tensor of shape (N, C, H, W), not empty.
+
+        Returns:
+            Two scalars in units of the running variance, averaged over channels, and the second
+            over samples. The first is at most the second.
+        """
+        dtype = statistics_dtype(x)
+        own = x.to(dtype).mean(dim=(2, 3))
+        scale = torch.rsqrt(self.running_var.to(dtype) + self.eps)
+        z = (own - self.running_mean.to(dtype)) * scale
+        return z.mean(dim=0).square().mean(), z.square().mean()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalizes x of shape (N, C, H, W); the output has its shape, dtype and memory format."""
+        if not torch.jit.is_scripting():
+            leaf = as_leaf(self, x)
+            if leaf is not None:
+                return leaf
+        self._check_input_dim(x)
+        if self.training:
+            return self._forward_in_training(x)
+        if x.numel() == 0 or self._evaluates_like_batch_norm():
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
+        wide = x if x.dtype == torch.float64 else x.float()
+        w = self._own_weight().to(wide.dtype)
+        own_var, own_mean = torch.var_mean(wide, dim=(2, 3), correction=0)  # (N, C)
+        mean = w * own_mean + (1 - w) * self.running_mean.to(wide.dtype)
+        var = w * own_var + (1 - w) * self.running_var.to(wide.dtype)
+        scale = torch.rsqrt(var + self.eps)
+        if self.weight is not None:
+            scale = scale * self.weight.to(wide.dtype)
+        shift = -mean * scale
+        if self.bias is not None:
+            shift = shift + self.bias.to(wide.dtype)
+        y = torch.addcmul(shift[:, :, None, None], wide, scale[:, :, None, None])
+        return y.to(x.dtype)
+
+    @torch.jit.unused  # scripted models only evaluate
+    def _forward_in_training(self, x: Tensor) -> Tensor:
+        if x.numel() == 0:
+            # BatchNorm raises an error, but a head without a RoI has nothing to normalize.
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
+        if self._measures():
+            # Before the running statistics move towards this batch.
+            with torch.no_grad():
+                batch, image = self.deviations(x)
+                self.batch_deviation.lerp_(batch.to(self.batch_deviation.dtype), _MOMENTUM)
+                self.image_deviation.lerp_(image.to(self.image_deviation.dtype), _MOMENTUM)
+        return nn.BatchNorm2d.forward(self, x)
+
+    def _measures(self) -> bool:
+        """Whether this training step takes part in the moving averages."""
+        if torch.compiler.is_compiling():
+            return True  # a counter on the host would compile the layer again in each step
+        if in_backward():  # activation checkpointing repeats a forward pass
+            self._step = None
+            return False
+        if self._step is None:
+            self._step = int(self.num_batches_tracked)
+        self._step += 1
+        return (self._step - 1) % _PERIOD == 0
+
+    @torch.jit.unused
+    def _known_weight(self) -> float:
+        flag = self.batch_deviation
+        if flag.is_inference() or flag.is_meta:
+            return 1.0
+        if self._known is None or self._known[0] is not flag or self._known[1] != flag._version:
+            self._known = flag, flag._version, float(self.own_weight)
+        return self._known[2]
+
+    def _evaluates_like_batch_norm(self) -> bool:
+        """Whether the host knows, without waiting for the device, that w is 0."""
+        if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling():
+            return False
+        return self._known_weight() == 0.0
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        self._step = None
+        # A BatchNorm checkpoint has no weight: the layer then evaluates like BatchNorm. A state
+        # dict without an entry of this layer says nothing about it.
+        of_this_layer = prefix + "running_mean" in state_dict
+        for name in ("batch_deviation", "image_deviation"):
+            buffer = getattr(self, name)
+            value = torch.zeros_like(buffer) if of_this_layer else buffer
+            state_dict.setdefault(prefix + name, value)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getstate__(self):
+        return {**self.__dict__, "_known": None}
+
+    def extra_repr(self) -> str:
+        if self.batch_deviation.is_meta:
+            return super().extra_repr()
+        return f"{super().extra_repr()}, own_weight={float(self.own_weight):.2f}"
