@@ -8,7 +8,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from ..norms import BatchRenorm2d, ReferenceNorm2d, batch_moments
+from ..norms import BatchRenorm2d, EvalRefBatchNorm2d, ReferenceNorm2d, batch_moments
 from ..rng import forked_rng
 
 __all__ = ["recompute_statistics"]
@@ -34,8 +34,9 @@ def recompute_statistics(
     E[x] = E_B[mu] and Var[x] = E_B[n / (n - 1) var_B], where all batches of all processes have the
     same weight. mu and var are the statistics by which the norm normalizes in training, for RefBN
     the mixed ones. (fvcore's PreciseBN is not used, because it undoes a Bessel correction of the
-    whole variance; in mixed statistics only the batch variance has one.) Weights, training flags,
-    momenta, step counts and random states are restored.
+    whole variance; in mixed statistics only the batch variance has one.) EvalRefBN also gets the
+    weight of an image's own statistics from these batches. Weights, training flags, momenta, step
+    counts and random states are restored.
 
     Args:
         model: Model whose norms that derive from BatchNorm are recomputed. A layer that no batch
@@ -77,6 +78,9 @@ def recompute_statistics(
             var = var * (n / max(n - 1, 1))
         one = torch.ones(1, dtype=torch.float64, device=mean.device)
         row = torch.cat([one, mean.double(), var.double()])
+        if isinstance(m, EvalRefBatchNorm2d):
+            own = x.double().mean(dim=(2, 3))
+            row = torch.cat([row, own.mean(0).square(), own.square().mean(0)])
         sums[m] = sums[m] + row if m in sums else row
 
     handles = [m.register_forward_hook(add) for m in norms]
@@ -99,13 +103,16 @@ def recompute_statistics(
             m.training = mode
     done = 0
     for m in norms:  # the same order on every process
-        total = sums.get(m, torch.zeros(1 + 2 * m.num_features, dtype=torch.float64))
+        parts = 4 if isinstance(m, EvalRefBatchNorm2d) else 2
+        total = sums.get(m, torch.zeros(1 + parts * m.num_features, dtype=torch.float64))
         total = total.to(m.running_mean.device)
         if comm.get_world_size() > 1:
             torch.distributed.all_reduce(total)
         if total[0] > 0:
-            mean, var = (total[1:] / total[0]).split(m.num_features)
+            mean, var, *squares = (total[1:] / total[0]).split(m.num_features)
             m.running_mean.copy_(mean)
             m.running_var.copy_(var)
+            if squares:
+                m.set_own_weight(*(((s - mean.square()) / (var + m.eps)).mean() for s in squares))
             done += 1
     return done

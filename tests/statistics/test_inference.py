@@ -9,7 +9,7 @@ from fvcore.nn import update_bn_stats
 from torch import distributed as dist
 from torch import nn
 
-from refbn_d2.norms import BatchRenorm2d, RefBatchNorm2d
+from refbn_d2.norms import BatchRenorm2d, EvalRefBatchNorm2d, RefBatchNorm2d
 from refbn_d2.statistics.inference import recompute_statistics
 
 
@@ -51,6 +51,19 @@ def test_averages_over_batches(norm, plain):
     mean, var = _expected(_batches(), model, plain)
     torch.testing.assert_close(model[0].running_mean.double(), mean, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(model[0].running_var.double(), var, rtol=1e-5, atol=1e-6)
+
+
+def test_the_weight_of_an_images_own_statistics_is_measured():
+    """It is the slope of the regression of mean_B on mean_x, in units of the running deviation."""
+    model = _network(EvalRefBatchNorm2d)
+    recompute_statistics(model, _batches(), 3)
+    mean, var = _expected(_batches(), model)
+    scale = (var + model[0].eps).sqrt()
+    batches = [(x.double().mean((2, 3)) - mean) / scale for x in _batches()]
+    of_batch = torch.stack([z.mean(0).square().mean() for z in batches]).mean()
+    of_image = torch.stack([z.square().mean() for z in batches]).mean()
+    assert 0.1 < of_batch / of_image < 1
+    assert float(model[0].own_weight) == pytest.approx(float(of_batch / of_image), rel=1e-4)
 
 
 def test_nothing_else_changes():
