@@ -72,8 +72,8 @@ def convert_norm(module: nn.Module, norm: str) -> nn.Module:
 
     Affine parameters, running statistics, hooks and parametrizations are kept, and the reference if
     both norms have one. In evaluation the converted model gives exactly the same outputs, except
-    for conversions from or to VBN with a reference, whose evaluation normalizes each sample
-    differently. Parameters stay the same objects, as in
+    for conversions from or to VBN with a reference, and from a trained EvalRefBN: these normalize
+    each sample differently. Parameters stay the same objects, as in
     ``nn.SyncBatchNorm.convert_sync_batchnorm``: an existing optimizer continues to train them, and
     shared parameters stay shared. A layer that is used in two places stays one layer. timm's
     BatchNormAct2d (and its synchronized and frozen forms) keeps its activation and drop layer.

@@ -11,6 +11,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..log import get_logger
 from .convert import by_type, recognized
+from .eval_ref_batch_norm import EvalRefBatchNorm2d
 from .reference_norm import ReferenceNorm2d
 
 __all__ = ["fold_norms"]
@@ -27,6 +28,8 @@ def _is_affine_map(norm: Optional[nn.Module]) -> bool:
         return False
     if isinstance(norm, ReferenceNorm2d):  # VBN is an affine map only while it has no reference
         return norm._by_running_stats()
+    if isinstance(norm, EvalRefBatchNorm2d):  # most layers of a network have the weight 0
+        return float(norm.own_weight) == 0
     return found.affine_in_eval
 
 
@@ -126,9 +129,10 @@ def _used_once(model: nn.Module) -> Set[nn.Module]:
 def fold_norms(model: nn.Module) -> nn.Module:
     """Folds norms that are affine maps in evaluation into the preceding convolutions.
 
-    These are BN, SyncBN, RefBN, SyncRefBN, BRN and FrozenBN, by their running statistics. RefBN
-    then costs nothing in inference; the convolution gets a bias. The drop layer and the activation
-    of timm's BatchNormAct2d stay. detectron2's convolutions contain their ``norm``. For all other
+    These are BN, SyncBN, RefBN, SyncRefBN, BRN and FrozenBN, by their running statistics, and those
+    layers of EvalRefBN that give an image's own statistics no weight. RefBN then costs nothing in
+    inference; the convolution gets a bias. The drop layer and the activation of timm's
+    BatchNormAct2d stay. detectron2's convolutions contain their ``norm``. For all other
     convolutions :mod:`torch.fx` traces the model to find the norm that follows. If the model cannot
     be traced, its largest traceable parts are.
 

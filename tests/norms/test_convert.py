@@ -44,12 +44,15 @@ def _trained(kind, c=4, **kwargs):
 
 
 def test_the_names():
-    ours = ["BN", "RefBN", "SyncRefBN", "VBN", "BRN", "SyncBN"]
+    ours = ["BN", "RefBN", "SyncRefBN", "EvalRefBN", "VBN", "BRN", "SyncBN"]
     assert NAMES == [*ours, "FrozenBN", "naiveSyncBN"]
 
 
-# With a reference VBN evaluates per sample; that is tested below.
-PAIRS = [(a, b) for a in NAMES for b in NAMES if a != "VBN" and (a[-5:], b) != ("RefBN", "VBN")]
+# With a reference VBN evaluates per sample, and so does a trained EvalRefBN; tested below.
+BY_SAMPLE = ("VBN", "EvalRefBN")
+PAIRS = [
+    (a, b) for a in NAMES for b in NAMES if a not in BY_SAMPLE and (a[-5:], b) != ("RefBN", "VBN")
+]
 
 
 @pytest.mark.parametrize("source, target", PAIRS)
@@ -155,7 +158,9 @@ def test_batch_renorm_starts_where_batch_norm_stopped():
 
 
 def test_unknown_name_lists_the_known_ones(monkeypatch):
-    with pytest.raises(ValueError, match="'GN': known are BN, RefBN, SyncRefBN, VBN, BRN"):
+    with pytest.raises(
+        ValueError, match="'GN': known are BN, RefBN, SyncRefBN, EvalRefBN, VBN, BRN"
+    ):
         convert_norm(nn.BatchNorm2d(3), "GN")
     monkeypatch.delitem(NORM_TYPES, "FrozenBN")
     with pytest.raises(ValueError, match="import refbn_d2 first"):

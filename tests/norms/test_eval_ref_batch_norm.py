@@ -171,9 +171,28 @@ def test_conversion_keeps_the_function_of_batch_norm():
     y = model(x)
     convert_norm(model, "EvalRefBN")
     assert type(model[1]) is EvalRefBatchNorm2d and torch.equal(model(x), y)
-    fold_norms(model)  # normalizes each image differently once it is trained: left as it is
-    assert type(model[1]) is EvalRefBatchNorm2d
     assert type(convert_norm(model, "BN")[1]) is nn.BatchNorm2d
+
+
+def test_converted_back_it_is_the_batch_norm_of_its_running_statistics():
+    norm = trained(0.9, steps=1).eval()
+    x = next(grouped(0.9))
+    expected = evaluated(norm, x, 0.0)
+    assert not torch.allclose(norm(x).double(), expected)
+    back = convert_norm(nn.Sequential(norm), "BN")
+    assert torch.allclose(back(x).double(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("folded", [True, False])
+def test_only_layers_without_a_weight_are_folded(folded):
+    model = nn.Sequential(nn.BatchNorm2d(64), nn.Conv2d(64, 64, 1), trained(0.9, steps=1)).eval()
+    if folded:
+        model[2].set_own_weight(torch.tensor(0.0), torch.tensor(1.0))
+    x = next(grouped(0.9))
+    y = model(x)
+    fold_norms(model)
+    assert isinstance(model[2], nn.Identity) == folded
+    assert torch.allclose(model(x), y, atol=1e-4)
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.9])
