@@ -236,12 +236,43 @@ def load_config(path: str, opts: Optional[List[str]] = None) -> CN:
     add_refbn_config(cfg)
     if path:
         content = _read_with_bases(path, path, itertools.count(1))
+        _check_form(content, cfg, path)
         # merge_from_file also brings configs of older versions up to date; its reader runs code.
         with exchanged("detectron2.config:CfgNode.load_yaml_with_base", lambda *_, **__: content):
             _merge(cfg, path, lambda: cfg.merge_from_file(path))
     _merge(cfg, "on the command line", lambda: cfg.merge_from_list(opts or []))
     register_datasets(cfg)
     return cfg
+
+
+_LONGEST = 10_000  # characters of a text in a config
+
+
+def _check_form(content: Dict[Any, Any], cfg: CN, where: str, prefix: str = "") -> None:
+    """Raises a UserError that names the key where ``content`` has not the form of ``cfg``.
+
+    Keys that ``cfg`` lacks are left to yacs: an older version of detectron2 may have had them.
+    """
+    for key, value in content.items():
+        if not isinstance(key, str):
+            inside = f" in {prefix[:-1]}" if prefix else ""
+            raise UserError(f"{where}: {key!r}{inside} is no key: the keys of a config are text")
+        name = prefix + key
+        if isinstance(value, str) and len(value) > _LONGEST:
+            raise UserError(f"{where}: {name} is a text of more than {_LONGEST} characters")
+        if key not in cfg:
+            continue
+        if isinstance(cfg[key], CN):
+            if not isinstance(value, dict):
+                kind = "empty" if value is None else f"{value!r:.80}"
+                raise UserError(f"{where}: {name} is {kind}: it is a section, with keys below it")
+            _check_form(value, cfg[key], where, f"{name}.")
+        elif isinstance(value, dict):
+            raise UserError(
+                f"{where}: {name} is a section: it takes a value such as {cfg[key]!r:.80}"
+            )
+        elif name == "VERSION" and not isinstance(value, int):
+            raise UserError(f"{where}: VERSION is {value!r}: use {cfg.VERSION}")
 
 
 def _merge(cfg: CN, where: str, merge: Callable[[], None]) -> None:

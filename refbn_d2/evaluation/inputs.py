@@ -60,7 +60,9 @@ def _by_id(
         raise UserError(f"{path}: is no COCO ground truth, it has no list of {kind}")
     found: Dict[int, Dict[str, Any]] = {}
     for n, entry in enumerate(entries):
-        key = entry.get("id") if isinstance(entry, dict) else None
+        if not isinstance(entry, dict):
+            raise UserError(f"{path}: {kind}[{n}] is {entry!r:.80}, no object with an id")
+        key = entry.get("id")
         if not is_int(key) and not (allow_text and isinstance(key, str)):
             found_type = "" if key is None else f", but {key!r}, a {type(key).__name__}"
             raise UserError(f"{path}: {kind}[{n}] has no integer id{found_type}")
@@ -141,10 +143,15 @@ def check_ground_truth(
         raise UserError(f"{path}: has no images")
     sizes = {}
     for key, image in images.items():
-        size = image.get("height"), image.get("width")
-        if not all(is_int(s) and 0 < s <= _MAX_SIDE for s in size):
-            raise UserError(f"{path}: image {key} has no height and width")
-        sizes[key] = size
+        for side in ("height", "width"):
+            if image.get(side) is None:
+                raise UserError(f"{path}: image {key} has no {side}")
+            if not is_int(image[side]) or not 0 < image[side] <= _MAX_SIDE:
+                raise UserError(
+                    f"{path}: image {key}: {side} {image[side]!r:.40} is not a whole number of "
+                    f"pixels from 1 to {_MAX_SIDE}"
+                )
+        sizes[key] = image["height"], image["width"]
         if not isinstance(image.get("file_name", ""), str):
             raise UserError(f"{path}: image {key}: file_name {image['file_name']!r} is not text")
     for key, category in categories.items():
@@ -153,6 +160,9 @@ def check_ground_truth(
     for key, annotation in annotations.items():
         where = f"{path}: annotation {key}"
         image, category = annotation.get("image_id"), annotation.get("category_id")
+        for field in ("image_id", "category_id"):
+            if annotation.get(field) is None and (evaluated or field == "category_id"):
+                raise UserError(f"{where} has no {field}")
         if evaluated and (not is_int(image) or image not in images):
             raise UserError(f"{where} is of unknown image {_named(image)}")
         if not is_int(category) or category not in categories:
@@ -249,7 +259,10 @@ def _named(key: Any) -> str:
 def _detection_problem(entry: Any, gt: GroundTruth, iou_types: Sequence[str]) -> str:
     if not isinstance(entry, dict):
         return f"is a {type(entry).__name__}, not a detection"
-    image, category, score = (entry.get(k) for k in ("image_id", "category_id", "score"))
+    for field in ("image_id", "category_id", "score"):
+        if entry.get(field) is None:
+            return f"has no {field}"
+    image, category, score = entry["image_id"], entry["category_id"], entry["score"]
     if not is_int(image) or image not in gt.sizes:
         return f"unknown image_id {_named(image)}; it is not in {gt.path}"
     if not is_int(category) or category not in gt.categories:

@@ -106,6 +106,10 @@ def find_runs(folder: Path) -> List[Run]:
     return runs
 
 
+# Types of values in run.json, in words.
+_KINDS: Dict[Any, str] = {str: "text", int: "a whole number", (int, float): "a finite number"}
+
+
 def _read_run(file: Path) -> Run:
     content = read_json(file)
     if not isinstance(content, dict):
@@ -115,16 +119,20 @@ def _read_run(file: Path) -> Run:
         value = content.get(key, default)
         wrong = not isinstance(value, kind) or isinstance(value, bool)
         if value is not None and (wrong or (isinstance(value, float) and not math.isfinite(value))):
-            raise UserError(f"{file}: {key} {value!r} is not of the right kind")
+            raise UserError(f"{file}: {key} {value!r:.80} is not {_KINDS[kind]}")
         return value
 
     name, seed = field("name", str), field("seed", int)
-    if not name or seed is None:
-        raise UserError(f"{file}: a run needs a name and an integer seed")
+    if not name:
+        raise UserError(f"{file}: a run needs a name, which is that of its norm")
+    if seed is None:
+        raise UserError(f"{file}: a run needs a seed")
     if content.get("grouping") is None and "iid" in content:
         if isinstance(content["iid"], bool):
             content["iid"] = float(content["iid"])
         iid = field("iid", (int, float))
+        if iid is not None and not 0 <= iid <= 1:
+            raise UserError(f"{file}: iid {iid} is not within 0 and 1")
         content["grouping"] = None if iid is None else 1 - iid
     grouping = field("grouping", (int, float))
     if grouping is not None and not 0 <= grouping <= 1:

@@ -88,7 +88,8 @@ RESULTS = {
         for v in (999, -1, "1", None, 1.5, [1], True, {})
     },
     **{
-        f"category {v!r}": ((0, "category_id"), v, "") for v in (999, 0, "1", None, 0.5, [1], False)
+        f"category {v!r}": ((0, "category_id"), v, f"unknown category_id {v}")
+        for v in (999, 0, "1", 0.5, [1], False)
     },
     **{
         f"score {v!r}": ((0, "score"), v, "score")
@@ -103,12 +104,22 @@ RESULTS = {
         f"box with {v!r}": ((0, T, 1), v, "bbox") for v in (NAN, INF, None, "1", [1], True, 10**400)
     },
     **{
-        f"mask {v!r}": ((0, G), v, "")
+        f"mask {v!r}": ((0, G), v, "entry 0: segmentation is not a compressed RLE")
         for v in (None, [], "x", 3, {}, [[1, 2, 3, 4, 5, 6]], {"size": 3})
     },
     **{
-        f"runs {v!r}": ((0, G, R), v, "")
-        for v in (None, "", "~", "é", 3, [1, 2], "o", "0" * 50, "0" * 10**5)
+        f"runs {v!r}": ((0, G, R), v, f"entry 0: {word}")
+        for v, word in (
+            (None, "segmentation is not a compressed RLE"),
+            (3, "segmentation is not a compressed RLE"),
+            ([1, 2], "segmentation is not a compressed RLE"),
+            ("", "RLE without counts"),
+            ("~", "RLE counts have a character"),
+            ("é", "RLE counts have a character"),
+            ("o", "RLE counts are cut off"),
+            ("0" * 50, "RLE covers 0 pixels, its image has 102400"),
+            ("0" * 10**5, "RLE covers 0 pixels, its image has 102400"),
+        )
     },
     **{
         f"size {v!r}": ((0, G, "size"), v, "RLE of size")
@@ -124,7 +135,11 @@ RESULTS = {
             [NAN, 1],
         )
     },
-    **{f"without {k}": ((0, k), DROP, "") for k in ("image_id", "category_id", "score", G)},
+    **{
+        f"without {k}": ((0, k), DROP, f"entry 0: has no {k}")
+        for k in ("image_id", "category_id", "score", G)
+    },
+    "category is nothing": ((0, "category_id"), None, "entry 0: has no category_id"),
     "entry is nothing": ((0,), None, "entry 0"),
     "entry is a list": ((0,), [1], "entry 0"),
     "box without a mask's box": ((0, T), DROP, None),
@@ -139,33 +154,43 @@ def test_results(case, feed_report, found):
     assert line is None if word is None else word in line
 
 
+# Name -> (content of the file, a word of the error; if it is JSON: of results, truth and run.json).
 TEXTS = {
-    "empty": "",
-    "blank": "\n",
-    "dict": "{}",
-    "number": "3",
-    "nothing": "null",
-    "text": '"x"',
-    "numbers": "[1, 2]",
-    "lists": "[[]]",
-    "deep": "[" * 100_000,
-    "deep and closed": "[" * 100_000 + "]" * 100_000,
-    "not JSON": "AP = 37",
-    "two": "[][]",
-    "comma": "[{}, ]",
-    "digits without end": "[" + "9" * 5000 + "]",
-    "binary": bytes(range(256)),
-    "zeros": bytes(100),
-    "UTF-16": "[]".encode("utf-16"),
-    "byte order mark": b"\xef\xbb\xbf[]",
-    "pickle": b"\x80\x04cos\nmkdir\n(Vran\ntR.",
+    "empty": ("", "the file is empty"),
+    "blank": ("\n", "the file is empty"),
+    "dict": (
+        "{}",
+        ("must be a list, this is a dict", "has no list of images", "a run needs a name"),
+    ),
+    "number": ("3", ("must be a list, this is a int", "but a int", "is not a run, but a int")),
+    "nothing": ("null", ("this is a NoneType", "but a NoneType", "is not a run, but a NoneType")),
+    "text": ('"x"', ("must be a list, this is a str", "but a str", "is not a run, but a str")),
+    "numbers": ("[1, 2]", ("entry 0: is a int", "no COCO ground truth, but a list", "not a run")),
+    "lists": ("[[]]", ("entry 0: is a list", "no COCO ground truth, but a list", "not a run")),
+    "deep": ("[" * 100_000, "not JSON, or cut off (maximum recursion depth"),
+    "deep and closed": ("[" * 100_000 + "]" * 100_000, "cut off (maximum recursion depth"),
+    "not JSON": ("AP = 37", "not JSON, or cut off (Expecting value: line 1 column 1"),
+    "two": ("[][]", "not JSON, or cut off (Extra data: line 1 column 3"),
+    "comma": ("[{}, ]", "not JSON, or cut off ("),  # the rest depends on the version of Python
+    "digits without end": ("[" + "9" * 5000 + "]", "value has 5000 digits"),
+    "binary": (bytes(range(256)), "cannot be read ('utf-8' codec"),
+    "zeros": (bytes(100), "not JSON, or cut off (Expecting value: line 1 column 1"),
+    "UTF-16": ("[]".encode("utf-16"), "cannot be read ('utf-8' codec"),
+    "byte order mark": (b"\xef\xbb\xbf[]", "Unexpected UTF-8 BOM"),
+    "pickle": (b"\x80\x04cos\nmkdir\n(Vran\ntR.", "cannot be read ('utf-8' codec"),
 }
+
+
+def text_and_word(case, kind):
+    text, word = TEXTS[case]
+    return text, word if isinstance(word, str) else word[("results", "truth", "run").index(kind)]
 
 
 @pytest.mark.parametrize("kind", ["results", "truth"])
 @pytest.mark.parametrize("case", TEXTS)
 def test_texts(case, kind, feed_report):
-    assert feed_report(kind, TEXTS[case]) is not None
+    text, word = text_and_word(case, kind)
+    assert word in feed_report(kind, text)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.2, 0.5, 0.9, 0.999])
@@ -184,21 +209,38 @@ def test_the_unchanged_files_work(feed_report, found, truth):
 A, P, C = "annotations", "images", "categories"
 TRUTHS = {
     **{
-        f"{k} {v!r}": ((k,), v, "")
+        f"{k} {v!r}": ((k,), v, f"it has no list of {k}")
         for k in (A, P, C)
-        for v in (None, {}, "x", [1], [None], [[]], [{}])
+        for v in (None, {}, "x")
     },
     **{
-        f"{k} id {v!r}": ((k, 0, "id"), v, "")
+        f"{k} {v!r}": ((k,), v, f"{k}[0] is {v[0]!r}, no object with an id")
         for k in (A, P, C)
-        for v in (None, "1", 1.5, [1], True, 2)
+        for v in ([1], [None], [[]])
+    },
+    **{f"{k} without an id": ((k,), [{}], f"{k}[0] has no integer id") for k in (A, P, C)},
+    **{
+        f"{k} id {v!r}": ((k, 0, "id"), v, f"{k}[0] has no integer id, but {v!r}, a {type}")
+        for k in (A, P, C)
+        for v, type in (("1", "str"), (1.5, "float"), ([1], "list"), (True, "bool"))
+    },
+    **{f"{k} id is nothing": ((k, 0, "id"), None, f"{k}[0] has no integer id") for k in (A, P, C)},
+    **{f"{k} id twice": ((k, 0, "id"), 2, f"id 2 occurs twice in {k}") for k in (A, P, C)},
+    **{
+        f"height {v!r}": ((P, 0, "height"), v, f"image 1: height {v!r:.40} is not a whole number")
+        for v in (0, -1, 1.5, "9", NAN, True, 10**400)
+    },
+    "height is nothing": ((P, 0, "height"), None, "image 1 has no height"),
+    "width is left out": ((P, 0, "width"), DROP, "image 1 has no width"),
+    **{
+        f"{word} {v!r}": ((A, 0, f"{word}_id"), v, f"annotation 1 is of unknown {word} {v}")
+        for word in ("image", "category")
+        for v in (99, "1", [1], {}, True)
     },
     **{
-        f"height {v!r}": ((P, 0, "height"), v, "")
-        for v in (None, 0, -1, 1.5, "9", NAN, True, 10**400)
+        f"{key} is nothing": ((A, 0, key), None, f"annotation 1 has no {key}")
+        for key in ("image_id", "category_id")
     },
-    **{f"image {v!r}": ((A, 0, "image_id"), v, "") for v in (None, 99, "1", [1], {}, True)},
-    **{f"category {v!r}": ((A, 0, "category_id"), v, "") for v in (None, 99, "1", [1], {}, True)},
     **{
         f"box {v!r}": ((A, 0, T), v, "bbox")
         for v in (None, [], [1, 2, 3], "1", [NAN] * 4, [1, 2, -1, 3])
@@ -206,10 +248,31 @@ TRUTHS = {
     **{f"area {v!r}": ((A, 0, "area"), v, "area") for v in (None, NAN, -1, "1", [1], INF)},
     **{f"crowd {v!r}": ((A, 0, "iscrowd"), v, "iscrowd") for v in ("1", 2, -1, [0], {}, NAN)},
     **{
-        f"mask {v!r}": ((A, 0, G), v, "")
-        for v in (None, [], "x", 5, {}, [[]], [1, 2], [[1, NAN] * 3])
+        f"mask {v!r}": ((A, 0, G), v, "annotation 1 has no segmentation; leave segm out")
+        for v in (None, [], {})
     },
-    **{f"runs {v!r}": ((A, 0, G, R), v, "") for v in (None, "", "~~", 5, [1], [-1, 102401], ["a"])},
+    **{
+        f"mask {v!r}": ((A, 0, G), v, f"annotation 1: {word}")
+        for v, word in (
+            ("x", "segmentation 'x' is neither a list of polygons nor"),
+            (5, "segmentation 5 is neither a list of polygons nor"),
+            ([[]], "polygon [] is not x, y, x, y"),
+            ([1, 2], "segmentation [1, 2] is not a list of polygons"),
+            ([[1, NAN] * 3], "polygon [1, nan, 1, nan, 1, nan] is not all finite"),
+        )
+    },
+    **{
+        f"runs {v!r}": ((A, 0, G, R), v, f"annotation 1: {word}")
+        for v, word in (
+            (None, "segmentation {'size': [320, 320], 'counts': None} is neither"),
+            (5, "segmentation {'size': [320, 320], 'counts': 5} is neither"),
+            ("", "RLE without counts"),
+            ("~~", "RLE counts have a character"),
+            ([1], "RLE counts [1] do not add up to the image's 102400"),
+            ([-1, 102401], "RLE counts [-1, 102401] do not add up"),
+            (["a"], "RLE counts ['a'] do not add up"),
+        )
+    },
     "category without a name": ((C, 0, "name"), DROP, None),
     "category whose name is a list": ((C, 0, "name"), [1], "is not text"),
     "name of an image is a number": ((P, 0, "file_name"), 3, "is not text"),
@@ -237,15 +300,44 @@ def test_random_ground_truth(feed_report, truth, place, value):
 
 # Keys of run.json; "finished" where nothing else is said.
 RUNS = {
-    **{f"name {v!r}": ({"name": v}, "") for v in (None, "", 3, [], {}, True)},
-    **{f"seed {v!r}": ({"seed": v}, "") for v in (None, "1", 1.5, [], True, NAN)},
-    **{f"batch {v!r}": ({"ims_per_batch": v}, "ims_per_batch") for v in ("2", 1.5, [], True)},
+    **{f"name {v!r}": ({"name": v}, f"name {v!r} is not text") for v in (3, [], {}, True)},
+    **{f"without a name, {v!r}": ({"name": v}, "a run needs a name") for v in (None, "")},
     **{
-        f"grouping {v!r}": ({"grouping": v}, "grouping") for v in ("0", [], True, NAN, INF, -0.5, 2)
+        f"seed {v!r}": ({"seed": v}, f"seed {v!r} is not a whole number")
+        for v in ("1", 1.5, [], True, NAN)
     },
-    **{f"iid {v!r}": ({"grouping": None, "iid": v}, "") for v in ("yes", [], NAN, 3, -1)},
-    **{f"gt {v!r}": ({"gt": v}, "") for v in (3, [], {}, True, "nowhere.json", "", "a\0b", None)},
-    **{f"images {v!r}": ({"image_root": v}, "image_root") for v in (3, [], {}, True)},
+    "without a seed": ({"seed": None}, "a run needs a seed"),
+    **{
+        f"batch {v!r}": ({"ims_per_batch": v}, f"ims_per_batch {v!r} is not a whole number")
+        for v in ("2", 1.5, [], True)
+    },
+    **{
+        f"grouping {v!r}": ({"grouping": v}, f"grouping {v!r} is not a finite number")
+        for v in ("0", [], True, NAN, INF)
+    },
+    **{
+        f"grouping {v!r}": ({"grouping": v}, f"grouping {v!r} is not within 0 and 1")
+        for v in (-0.5, 2)
+    },
+    **{
+        f"iid {v!r}": ({"grouping": None, "iid": v}, f"iid {v!r} is not a finite number")
+        for v in ("yes", [], NAN)
+    },
+    **{
+        f"iid {v!r}": ({"grouping": None, "iid": v}, f"iid {v!r} is not within 0 and 1")
+        for v in (3, -1)
+    },
+    **{f"gt {v!r}": ({"gt": v}, f"gt {v!r} is not text") for v in (3, [], {}, True)},
+    **{
+        f"gt {v!r}": ({"gt": v}, "no ground truth; give the right one with --gt")
+        for v in ("", None)
+    },
+    "gt 'nowhere.json'": ({"gt": "nowhere.json"}, "nowhere.json: no such file"),
+    "gt with a zero byte": ({"gt": "a\0b"}, "a\0b: cannot be read (embedded null byte)"),
+    **{
+        f"images {v!r}": ({"image_root": v}, f"image_root {v!r} is not text")
+        for v in (3, [], {}, True)
+    },
     **{f"status {v!r}": ({"status": v}, "has finished") for v in (None, "failed", 3, [], {})},
 }
 
@@ -275,9 +367,9 @@ def test_run_json(case, tmp_path, truth, found):
 @pytest.mark.parametrize("case", TEXTS)
 def test_run_json_of_something_else(case, tmp_path, truth, found):
     write_run(tmp_path / "run", truth, found)
-    text = TEXTS[case]
+    text, word = text_and_word(case, "run")
     (tmp_path / "run/run.json").write_bytes(text if isinstance(text, bytes) else text.encode())
-    assert feed_runs(tmp_path) is not None
+    assert word in feed_runs(tmp_path)
 
 
 def test_run_folders_as_a_whole(tmp_path, truth, found):

@@ -55,7 +55,7 @@ def test_a_mistake_in_the_config(tiny_data, train_net, tmp_path, changes, expect
         ("[1, 2]", "no COCO ground truth, but a list"),
         (
             '{"images": [{"id": 1}], "annotations": [], "categories": []}',
-            "image 1 has no height and width",
+            "image 1 has no height",
         ),
     ],
 )

@@ -49,7 +49,7 @@ def test_unfinished_runs_say_why(tmp_path):
     "changes, words",
     [
         ({"name": ...}, "needs a name"),
-        ({"seed": ...}, "needs a name and an integer seed"),
+        ({"seed": ...}, "a run needs a seed"),
         ({"seed": "x"}, "seed 'x'"),
         ({"seed": True}, "seed True"),
         ({"ims_per_batch": 1.5}, "ims_per_batch 1.5"),
