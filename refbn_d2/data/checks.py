@@ -1,6 +1,6 @@
 """What is compared before the first step: the config, the training data and the test data."""
 
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -9,7 +9,7 @@ from ..errors import UserError
 from .errors import annotation_files
 from .sets import DataSet, load_test_set, load_train_set
 
-__all__ = ["check_test_sets", "check_train_set", "class_keys", "set_num_classes"]
+__all__ = ["check_test_sets", "check_train_set", "class_keys", "class_names", "set_num_classes"]
 
 # Meta-architecture -> its keys with a number of classes, and where the data set has their names.
 _CLASS_KEYS: Dict[str, Tuple[Tuple[str, str], ...]] = {
@@ -30,6 +30,21 @@ def class_keys(cfg: CfgNode) -> Tuple[Tuple[str, str], ...]:
     Empty for an architecture that is not detectron2's, or one without classes.
     """
     return _CLASS_KEYS.get(cfg.MODEL.META_ARCHITECTURE, ())
+
+
+def class_names(cfg: CfgNode, names: Sequence[str]) -> Dict[str, List[str]]:
+    """The names of the classes that the model of ``cfg`` tells apart, in their order.
+
+    Args:
+        cfg: Config, whose architecture says which classes count.
+        names: Data sets, loaded already; their classes are the same, so the first one's are taken.
+
+    Returns:
+        "thing_classes", "stuff_classes" or both, as far as the data set has names.
+    """
+    metadata = [MetadataCatalog.get(name) for name in names[:1]]
+    fields = {field for _, field in class_keys(cfg)}
+    return {f: list(map(str, m.get(f))) for m in metadata for f in sorted(fields) if m.get(f)}
 
 
 def _value(cfg: CfgNode, key: str) -> Any:

@@ -56,9 +56,16 @@ class Checkpointer(DetectionCheckpointer):
 
     Attributes:
         resumed_from: Path of the checkpoint from which training resumed, or ''.
+        classes: Names of the data's classes by kind ("thing_classes", "stuff_classes"), in their
+            order. They are saved with the weights, and compared with those of weights.
     """
 
     resumed_from = ""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.classes: Dict[str, List[str]] = {}
+
     # Descriptions of the weights of the model that the last loaded file lacks or has in another
     # shape; None if no file was loaded.
     _unfit: Optional[List[str]] = None
@@ -77,6 +84,8 @@ class Checkpointer(DetectionCheckpointer):
                     f"training diverged: {weight} is not finite, checkpoint {name} is not written"
                     f"; {self.last_good()}"
                 )
+        if self.classes:
+            kwargs["classes"] = self.classes
         if "://" in self.save_dir:  # remote storage
             return super().save(name, **kwargs)
         data = {key: value.state_dict() for key, value in self.checkpointables.items()}
@@ -111,12 +120,49 @@ class Checkpointer(DetectionCheckpointer):
         That is the one named in ``last_checkpoint``, or the most recent other one if it is damaged.
 
         Raises:
-            UserError: If there are checkpoints but all are damaged.
+            UserError: If there are checkpoints but all are damaged, or if the classes of the
+                resumed run are in another order than those of the data.
         """
+        content = self._load_newest(path, resume)
+        self._compare_classes(content, refuse=bool(self.resumed_from))
+        return content
+
+    def _load_newest(self, path: str, resume: bool) -> Dict[str, Any]:
         self.resumed_from = self._newest_intact() if resume else ""
         if self.resumed_from:
             return self.load(self.resumed_from)
         return self.load(path, checkpointables=[])
+
+    def _compare_classes(self, content: Dict[str, Any], refuse: bool) -> None:
+        """Compares the names of the classes that were saved with the weights with the data's.
+
+        Nothing else tells classes of equal number apart: weights fit, and predictions get the
+        names of other classes.
+
+        Args:
+            content: Content of the file of weights.
+            refuse: Whether weights must be for these classes, and are not trained for them first.
+
+        Raises:
+            UserError: If ``refuse`` is True and the classes are the same in another order. Other
+                names may be other words for the same classes; there is a warning.
+        """
+        saved = content.get("classes")
+        for kind, names in self.classes.items():
+            there = saved.get(kind) if isinstance(saved, dict) else None
+            if not isinstance(there, list) or there == names or len(there) != len(names):
+                continue  # heads for another number of classes are reported with their shapes
+            n, (a, b) = next((n, p) for n, p in enumerate(zip(there, names)) if p[0] != p[1])
+            where = f"class {n} of weights {self._path!r} is {a!r}, that of the data {b!r}"
+            if sorted(map(str, there)) != sorted(names):
+                self.logger.warning("%s: are these the classes they were trained for?", where)
+            elif refuse:
+                raise UserError(
+                    f"{where}: the same classes in another order; give the categories of the data "
+                    "the order of ids that they had in training"
+                )
+            else:
+                self.logger.warning("%s: their heads start from those of other classes", where)
 
     def earlier_checkpoints(self, iteration: int) -> List[str]:
         """Paths of the checkpoints before ``iteration``, without model_final, oldest first."""
@@ -195,10 +241,10 @@ class Checkpointer(DetectionCheckpointer):
 
         Raises:
             UserError: If there is no file, or if it lacks a weight or has one of another shape, for
-                example in a head for other classes.
+                example in a head for other classes, or has the data's classes in another order.
         """
         self._unfit = None
-        self.resume_or_load(path, resume=resume)
+        content = self._load_newest(path, resume)
         if self._unfit is None:
             raise UserError(
                 "evaluation without weights would use random ones (--eval-only): set MODEL.WEIGHTS "
@@ -211,6 +257,7 @@ class Checkpointer(DetectionCheckpointer):
                 f"random ones in their place: {self._unfit[0]}{more}; use the config that they "
                 "were trained with (MODEL.ROI_HEADS.NUM_CLASSES, MODEL.MASK_ON), or train first"
             )
+        self._compare_classes(content, refuse=True)
 
     def _load_file(self, filename: str):
         if filename.endswith(".safetensors"):

@@ -9,7 +9,7 @@ from detectron2.utils import comm
 
 from ..config import load_config, register_datasets
 from ..config_files import find_config
-from ..data.checks import set_num_classes
+from ..data.checks import class_names, set_num_classes
 from ..errors import one_line_errors, quiet_user_errors
 from ..log import get_logger
 from .launcher import start
@@ -42,6 +42,7 @@ def _evaluate(cfg: CfgNode, resume: bool, trainer_class: Type[Trainer]):
     trainer_class.check_data(cfg, train=False)
     model = trainer_class.build_model(cfg)
     checkpointer = trainer_class.build_checkpointer(cfg, model)
+    checkpointer.classes = class_names(cfg, cfg.DATASETS.TEST)
     checkpointer.load_to_evaluate(cfg.MODEL.WEIGHTS, resume=resume)
     if cfg.TEST.PRECISE_BN.ENABLED:
         trainer_class.recompute_statistics(cfg, model)

@@ -25,7 +25,7 @@ from detectron2.utils.events import JSONWriter
 from torch.utils.data import Dataset, RandomSampler, Sampler
 
 from ..config import apply_norm_config, load_config
-from ..data.checks import check_test_sets, check_train_set
+from ..data.checks import check_test_sets, check_train_set, class_names
 from ..data.errors import naming_the_file
 from ..data.grouped_sampler import GroupedTrainingSampler, image_groups
 from ..data.loader import TrainLoader
@@ -98,6 +98,7 @@ class Trainer(DefaultTrainer):
         self.checkpointer = self.build_checkpointer(
             cfg, self._trainer.model, trainer=weakref.proxy(self)
         )
+        self.checkpointer.classes = class_names(cfg, cfg.DATASETS.TRAIN)
         for hook in self._hooks:
             if hasattr(hook, "checkpointer"):  # PeriodicCheckpointer still has upstream's
                 hook.checkpointer = self.checkpointer

@@ -208,3 +208,60 @@ def test_missing_crowd_flags_evaluate_with_both_backends(own, train_net, tmp_pat
         lines = (tmp_path / backend / "metrics.json").read_text().splitlines()
         found.append({k: v for k, v in json.loads(lines[-1]).items() if "/AP" in k})
     assert found[0] and str(found[0]) == str(found[1])
+
+
+def _swapped(content):
+    first, second = content["categories"][:2]
+    first["name"], second["name"] = second["name"], first["name"]
+
+
+def _renamed(content):
+    content["categories"][0]["name"] = "human"
+
+
+def _two(content):
+    content["categories"].pop()
+    known = {c["id"] for c in content["categories"]}
+    content["annotations"] = [a for a in content["annotations"] if a["category_id"] in known]
+
+
+def test_the_classes_that_weights_were_trained_for(own, train_net, tmp_path):
+    """Their names are in the checkpoint; without them, classes of equal number look the same."""
+
+    def run(*flags, **changes):
+        names = {"DATASETS__TRAIN": "('own_train',)", "DATASETS__TEST": "('own_val',)"}
+        options = {"MODEL__ROI_HEADS__NUM_CLASSES": 3, "OUTPUT_DIR": tmp_path / "out", **names}
+        result = train_net(
+            "--config-file", tiny.CONFIG, *flags, *tiny.opts(**{**options, **changes})
+        )
+        assert "Traceback" not in result.out + result.err
+        return result
+
+    assert run(SOLVER__MAX_ITER=1).status == 0
+    weights = str(tmp_path / "out/model_final.pth")
+    result = run("--eval-only", MODEL__WEIGHTS=weights)
+    assert result.status == 0 and "are these the classes" not in result.out
+
+    own(_swapped, _swapped)
+    swapped = f"class 0 of weights {weights!r} is 'person', that of the data 'bicycle'"
+    result = run("--eval-only", MODEL__WEIGHTS=weights)
+    assert result.status == 1
+    assert result.err.splitlines()[-1].startswith(f"error: {swapped}: the same classes in another")
+    result = run("--resume", SOLVER__MAX_ITER=2)
+    assert result.status == 1 and "error: class 0 of weights" in result.err.splitlines()[-1]
+    result = run(MODEL__WEIGHTS=weights, SOLVER__MAX_ITER=1, OUTPUT_DIR=tmp_path / "tuned")
+    assert result.status == 0
+    assert f"{swapped}: their heads start from those of other classes" in result.out
+
+    own(_renamed, _renamed)
+    result = run("--eval-only", MODEL__WEIGHTS=weights)
+    assert result.status == 0
+    assert "is 'person', that of the data 'human': are these the classes they were" in result.out
+
+    own(_two, _two)
+    result = run("--eval-only", MODEL__WEIGHTS=weights, MODEL__ROI_HEADS__NUM_CLASSES=2)
+    assert result.status == 1
+    last = result.err.splitlines()[-1]
+    assert last.startswith(f"error: weights {weights!r} do not fit the model")
+    assert "is of shape (4, " in last and " in the file and (3, " in last
+    assert "MODEL.ROI_HEADS.NUM_CLASSES" in last
