@@ -1,6 +1,6 @@
 """Helpers for torch.fx tracing and for activation checkpointing."""
 
-from typing import Optional
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -8,7 +8,7 @@ from torch import fx, nn
 __all__ = ["as_leaf", "in_backward"]
 
 
-def as_leaf(module: nn.Module, x: object) -> Optional[fx.Proxy]:
+def as_leaf(module: nn.Module, x: object) -> Any:
     """Records ``module`` as one node of the graph that :mod:`torch.fx` is tracing.
 
     fx treats the layers of ``torch.nn`` as leaves, but traces into the forward pass of every other
@@ -17,7 +17,8 @@ def as_leaf(module: nn.Module, x: object) -> Optional[fx.Proxy]:
     feature extractor.
 
     Returns:
-        The traced output, or None if x is not a proxy, i.e. no tracing is in progress.
+        The traced output, a :class:`torch.fx.Proxy` that stands for a tensor, or None if x is not a
+        proxy, i.e. no tracing is in progress.
     """
     if not isinstance(x, fx.Proxy):
         return None
