@@ -62,14 +62,15 @@ def load_dicts(name: str, cfg: CfgNode, evaluated: bool) -> List[Dict[str, Any]]
     """
     with dataset_errors([name]), coco_files_read_once(evaluated) as read:
         dicts = DatasetCatalog.get(name)
+        files = list(read)
     if not len(dicts):
         raise UserError(f"data set {name} has no images")
-    if not read:  # made by a function: anything that upstream's loaders can use
+    if not files:  # made by a function: anything that upstream's loaders can use
         classes = MetadataCatalog.get(name).get("thing_classes")
         dicts = plain_dicts(dicts, f"data set {name}", len(classes) if classes else None)
         check_dicts(dicts, f"data set {name}")
     fields = {"group", "style", cfg.DATALOADER.GROUP_FIELD} - {""}
-    for file in read:
+    for file in files:
         for d in dicts:
             image = file.imgs.get(d["image_id"], {})
             d.update({f: image[f] for f in fields if f in image and f not in d})

@@ -106,7 +106,11 @@ def start(main: Callable[..., Any], args: Namespace, device: str, main_args: tup
     os.environ.update(env)
     try:
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=DEFAULT_TIMEOUT)
-    except (dist.DistNetworkError, dist.DistStoreError) as e:
+    # Both are RuntimeErrors; in torch 2.4 a port in use is a plain one.
+    except RuntimeError as e:
+        network = isinstance(e, (dist.DistNetworkError, dist.DistStoreError))
+        if not network and "EADDRINUSE" not in str(e):
+            raise
         where = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)"
         raise UserError(f"the processes cannot meet at {where}: {_reason(e)}") from e
     create_local_process_group(local_size)
