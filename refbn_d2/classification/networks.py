@@ -4,16 +4,13 @@ import difflib
 from typing import Callable, Dict
 
 import torchvision
-from detectron2.layers import get_norm
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.vgg import cfgs as vgg_layers
 from torchvision.models.vgg import make_layers
 
 from ..errors import UserError
-from ..norms import convert_norm
-from ..norms.convert import recognized
-from ..norms.table import NORM_TYPES
+from ..modeling.exchange import exchange_norms
 
 __all__ = ["LeNet5", "VGG16", "build_network"]
 
@@ -98,7 +95,13 @@ def build_network(name: str, norm: str, num_classes: int) -> nn.Module:
             that can be replaced.
     """
     network = _build(name, num_classes)
-    _exchange_norms(network, name, norm)
+    try:
+        exchange_norms(network, norm)
+    except ValueError as e:
+        raise UserError(
+            f"MODEL.CLASSIFIER.NETWORK {name} with MODEL.CLASSIFIER.NORM {norm}: {e}; choose "
+            "another network (torchvision has several with _bn in their names)"
+        ) from None
     for block in network.modules():
         if isinstance(block, (BasicBlock, Bottleneck)):
             last = block.bn3 if isinstance(block, Bottleneck) else block.bn2
@@ -131,28 +134,3 @@ def _build_timm(name: str, num_classes: int) -> nn.Module:
     if name not in timm.list_models():
         raise UserError(f"MODEL.CLASSIFIER.NETWORK: timm has no network {name!r}")
     return timm.create_model(name, num_classes=num_classes)
-
-
-def _exchange_norms(network: nn.Module, name: str, norm: str) -> None:
-    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
-    layers = {m: recognized(m) for m in norms}
-    target = NORM_TYPES.get(norm)
-    converts = target is not None and target.convertible
-    # convert_norm keeps the activation inside a layer; get_norm's layers have none, so a layer with
-    # an activation can be replaced only by convert_norm.
-    other = [m for m, found in layers.items() if found is None or found.activated and not converts]
-    if other or (norm and not norms):
-        what = "it has none; try its name + _bn"
-        if other:
-            what = f"its {type(other[0]).__name__} cannot be exchanged"
-        raise UserError(
-            f"MODEL.CLASSIFIER.NETWORK {name} with MODEL.CLASSIFIER.NORM {norm}: {what}"
-        )
-    if converts:  # keeps eps and momentum, for which some networks have their own values
-        convert_norm(network, norm)
-        return
-    for parent in list(network.modules()):
-        for child_name, child in list(parent.named_children()):
-            if child in layers:
-                new = get_norm(norm, child.num_features) or nn.Identity()
-                setattr(parent, child_name, new)

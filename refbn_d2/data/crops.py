@@ -1,12 +1,13 @@
 """Images of single handwritten digits, drawn as in the quick data set, for pretraining."""
 
+import functools
 from typing import Any, Dict, List
 
 import numpy as np
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from . import quick
+from .catalog import register_once
 
 __all__ = ["CropMapper", "register"]
 
@@ -52,6 +53,5 @@ def register() -> None:
     """Registers quick_digits_crops_train and quick_digits_crops_val."""
     for split in quick.SPLITS:
         name = f"quick_digits_crops_{split}"
-        if name not in DatasetCatalog.list():
-            DatasetCatalog.register(name, lambda split=split: _load(split))
-            MetadataCatalog.get(name).set(evaluator_type="classification", mapper=CropMapper)
+        load = functools.partial(_load, split)
+        register_once(name, load, evaluator_type="classification", mapper=CropMapper)

@@ -1,5 +1,6 @@
 """MNIST, read from its four published files in $DETECTRON2_DATASETS/mnist."""
 
+import functools
 import gzip
 import os
 import struct
@@ -10,10 +11,10 @@ from typing import Any, Dict, List
 import numpy as np
 import torch
 import torchvision
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 
 from ..errors import UserError
+from .catalog import register_once
 
 __all__ = ["MnistMapper", "read_idx", "register"]
 
@@ -100,6 +101,5 @@ def register() -> None:
     """Registers mnist_train and mnist_test. Their files are read when they are first used."""
     for split in _PARTS:
         name = f"mnist_{split}"
-        if name not in DatasetCatalog.list():
-            DatasetCatalog.register(name, lambda split=split: _load(split))
-            MetadataCatalog.get(name).set(evaluator_type="classification", mapper=MnistMapper)
+        load = functools.partial(_load, split)
+        register_once(name, load, evaluator_type="classification", mapper=MnistMapper)

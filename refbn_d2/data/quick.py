@@ -5,6 +5,7 @@ A scene has several digits, scaled, rotated and overlapping, on textured noise. 
 use disjoint digits.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -12,13 +13,13 @@ from pathlib import Path
 from typing import Dict, List, Tuple
 
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from pycocotools import mask as mask_util
 
 from ..extras import needs_extra
 from ..io.atomic import PARTIAL
 from ..io.lock import folder_lock
+from .catalog import register_once
 from .coco_json import read_coco
 
 __all__ = [
@@ -207,10 +208,9 @@ def register() -> None:
     """Registers quick_digits_train and quick_digits_val. They are generated at their first use."""
     for split in SPLITS:
         name = f"quick_digits_{split}"
-        if name in DatasetCatalog.list():
-            continue
-        DatasetCatalog.register(name, lambda split=split: _load(split))
-        MetadataCatalog.get(name).set(
+        register_once(
+            name,
+            functools.partial(_load, split),
             json_file=str(root() / f"instances_{split}.json"),
             image_root=str(root() / split),
             evaluator_type="coco",

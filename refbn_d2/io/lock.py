@@ -22,7 +22,8 @@ def folder_lock(folder: Path, name: str = FILE, wait: bool = False) -> Iterator[
     """Context manager that locks a folder against other processes that call it.
 
     The operating system releases the lock when this process ends, also when it is killed. The lock
-    file stays and has no meaning by itself. Child processes do not inherit the lock.
+    file stays and has no meaning by itself: were it deleted, a process that has just opened it
+    would lock a file that others no longer find. Child processes do not inherit the lock.
 
     Args:
         folder: Folder to lock; created if it does not exist. If its file system has no locks, the

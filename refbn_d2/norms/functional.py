@@ -22,11 +22,20 @@ __all__ = [
     "BatchStatistics",
     "batch_moments",
     "batch_statistics",
+    "check_channels",
     "mixed_norm",
     "ref_batch_norm",
     "sample_norm",
     "statistics_dtype",
 ]
+
+
+def check_channels(x: Tensor, num_features: int) -> None:
+    """Raises a ValueError if x is not of shape (N, num_features, H, W)."""
+    if x.dim() != 4 or x.shape[1] != num_features:
+        raise ValueError(
+            f"expected (N, {num_features}, H, W), got an input of shape {tuple(x.shape)}"
+        )
 
 
 def batch_moments(x: Tensor) -> Tuple[Tensor, Tensor]:

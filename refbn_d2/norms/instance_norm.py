@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .functional import sample_norm, statistics_dtype
+from .functional import check_channels, sample_norm, statistics_dtype
 from .tracing import as_leaf
 
 __all__ = ["InstanceNorm2d"]
@@ -39,10 +39,7 @@ class InstanceNorm2d(nn.InstanceNorm2d):
         leaf = as_leaf(self, x)
         if leaf is not None:
             return leaf
-        if x.dim() != 4 or x.shape[1] != self.num_features:
-            raise ValueError(
-                f"expected (N, {self.num_features}, H, W), got an input of shape {tuple(x.shape)}"
-            )
+        check_channels(x, self.num_features)
         if x.numel() == 0 or x.shape[2] * x.shape[3] == 1:
             mean = x.to(statistics_dtype(x)).sum(dim=(2, 3))
             return sample_norm(x, mean, torch.zeros_like(mean), self.weight, self.bias, self.eps)

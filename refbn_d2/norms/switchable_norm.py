@@ -5,7 +5,7 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
-from .functional import sample_norm, statistics_dtype
+from .functional import check_channels, sample_norm, statistics_dtype
 from .running import update_running_stats
 from .tracing import as_leaf
 
@@ -68,10 +68,7 @@ class SwitchableNorm2d(nn.InstanceNorm2d):
         leaf = as_leaf(self, x)
         if leaf is not None:
             return leaf
-        if x.dim() != 4 or x.shape[1] != self.num_features:
-            raise ValueError(
-                f"expected (N, {self.num_features}, H, W), got an input of shape {tuple(x.shape)}"
-            )
+        check_channels(x, self.num_features)
         dtype = statistics_dtype(x)
         if x.numel() > 0:
             var_in, mean_in = torch.var_mean(x.to(dtype), dim=(2, 3), correction=0)  # (N, C)

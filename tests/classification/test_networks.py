@@ -107,7 +107,7 @@ def test_eps_and_momentum_of_the_network_are_kept():
     [
         ("resnet5O", "BN", "no classifier 'resnet5O'; did you mean 'resnet50'"),
         ("fcn_resnet50", "BN", "no classifier"),
-        ("alexnet", "RefBN", "alexnet with .*NORM RefBN: it has none; try its name . _bn"),
+        ("alexnet", "RefBN", "alexnet with .*NORM RefBN: it has no BatchNorm; choose another"),
         ("googlenet", "BN", "googlenet has outputs besides its scores"),
         ("resnet18", "RefBM", "unknown norm 'RefBM'"),
     ],
