@@ -3,6 +3,7 @@
 from typing import Dict, Mapping
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import UserError
 from ..weights.efficientnet_names import timm_names
@@ -10,8 +11,7 @@ from .timm_backbone import TimmBackbone
 
 __all__ = ["with_detector_names"]
 
-# What other norms hold beside BatchNorm's weights.
-_OPTIONAL = ("num_batches_tracked", "ref_")
+_STATISTICS = ("running_mean", "running_var")
 
 
 def with_detector_names(model: nn.Module, weights: Dict[str, Tensor]) -> Dict[str, Tensor]:
@@ -47,12 +47,17 @@ def _own_names(backbone: TimmBackbone, weights: Mapping[str, Tensor]) -> Dict[st
     found = {_key(new)[len(prefix) :]: old for new, old in renamed.items()}
     own = {name: found[key] for key, name in expected.items() if key in found}
     state = backbone.features.state_dict()
-    parameters = dict(backbone.features.named_parameters())
+    # What the norms of this package hold beyond BatchNorm's weights is in no file of timm's.
+    optional = {
+        f"{path}.{buffer}"
+        for path, module in backbone.features.named_modules()
+        if isinstance(module, _BatchNorm)
+        for buffer in module._buffers
+        if buffer not in _STATISTICS
+    }
     for name, value in state.items():
-        last = name.rpartition(".")[2]
         if name not in own:
-            # GN and its like have no statistics; BatchNorm's are left out then.
-            if name in parameters or not last.startswith(_OPTIONAL):
+            if name not in optional:
                 raise UserError(f"are not of {backbone.name} (MODEL.TIMM.NAME): it has {name}")
         elif weights[own[name]].shape != value.shape:
             there, here = tuple(weights[own[name]].shape), tuple(value.shape)
