@@ -1,6 +1,7 @@
 """EvalRefBatchNorm2d: BatchNorm that evaluates an image as a member of a training batch."""
 
-from typing import Optional, Tuple
+from operator import is_not
+from typing import List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -95,8 +96,8 @@ class EvalRefBatchNorm2d(nn.BatchNorm2d):
         self.register_buffer("image_deviation", torch.zeros((), **factory))
         # num_batches_tracked on the host: to read the buffer in each step would wait for the GPU.
         self._step: Optional[int] = None
-        # The weight on the host, and the tensor and its version that it was read from.
-        self._known: Optional[Tuple[Tensor, int, float]] = None
+        # The weight on the host, and the tensors and their versions that it was read from.
+        self._known: Optional[Tuple[List[Tensor], List[int], float]] = None
 
     # TorchScript compiles properties, and this one is not used in forward.
     __jit_unused_properties__ = ["own_weight"]
@@ -107,7 +108,8 @@ class EvalRefBatchNorm2d(nn.BatchNorm2d):
         return self._own_weight()
 
     def _own_weight(self) -> Tensor:
-        weight = self.batch_deviation / self.image_deviation.clamp(min=1e-30)
+        # In float32: the smallest numbers of float16 buffers would be 0.
+        weight = self.batch_deviation.float() / self.image_deviation.float().clamp(min=1e-30)
         weight = torch.where(weight < self.least_weight, torch.zeros_like(weight), weight)
         return weight.clamp(max=1.0)
 
@@ -190,12 +192,14 @@ class EvalRefBatchNorm2d(nn.BatchNorm2d):
 
     @torch.jit.unused
     def _known_weight(self) -> float:
-        flag = self.batch_deviation
-        if flag.is_inference() or flag.is_meta:
+        buffers = [self.batch_deviation, self.image_deviation]
+        if any(b.is_inference() or b.is_meta for b in buffers):
             return 1.0
-        if self._known is None or self._known[0] is not flag or self._known[1] != flag._version:
-            self._known = flag, flag._version, float(self.own_weight)
-        return self._known[2]
+        versions = [b._version for b in buffers]
+        known = self._known
+        if known is None or known[1] != versions or any(map(is_not, known[0], buffers)):
+            self._known = known = buffers, versions, float(self.own_weight)
+        return known[2]
 
     def _evaluates_like_batch_norm(self) -> bool:
         """Whether the host knows, without waiting for the device, that w is 0."""

@@ -218,3 +218,14 @@ def test_a_changed_weight_is_noticed():
     assert not torch.allclose(norm(x), y)
     norm.batch_deviation.fill_(1.0)
     assert torch.allclose(norm(x).double(), evaluated(norm, x, 1.0), atol=1e-3)
+    norm.image_deviation.fill_(4.0)
+    assert torch.allclose(norm(x).double(), evaluated(norm, x, 0.25), atol=1e-3)
+
+
+def test_a_model_in_half_precision():
+    norm = trained(0.9, steps=1).eval()
+    x = next(grouped(0.9))
+    y = norm(x)
+    assert torch.allclose(norm.half()(x.half()).float(), y, atol=0.05)
+    untrained = EvalRefBatchNorm2d(64).half().eval()
+    assert untrained(x.half()).isfinite().all()
