@@ -4,6 +4,7 @@
 # make lint         ruff: style and formatting
 # make types        mypy
 # make gpu-check    what only a GPU can show: kernels, costs, a verdict; in under 8 minutes
+# make slurm-test   a matrix, preemption and srun on a real SLURM; installs Debian's slurm-wlm as root
 # make docs         the documentation as a site, in site/; a link that leads nowhere is an error
 # make setup        what all of them do first: .venv with everything, from PyPI
 
@@ -14,7 +15,7 @@ OUTPUT ?= output/quickstart
 # A worker takes up to 2 GB. The tests of a file stay together, because they share fixtures.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: setup quickstart test test-fast lint types docs gpu-check clean
+.PHONY: setup quickstart test test-fast lint types docs gpu-check slurm-test clean
 
 setup: $(VENV)/.complete
 
@@ -50,6 +51,10 @@ docs: setup
 
 gpu-check: setup
 	@$(BIN)/python dev/gpu_check.py --output output/gpu-check
+
+slurm-test: setup
+	@$(BIN)/python dev/slurm.py --install
+	@$(BIN)/python -m pytest tests/experiments/test_slurm.py
 
 clean:
 	rm -rf $(VENV) build site *.egg-info

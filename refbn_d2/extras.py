@@ -16,6 +16,7 @@ _INSTALLED_BY: Dict[str, str] = {
     "matplotlib": "refbn_d2[report]",
     "rich": "refbn_d2[report]",
     "scipy": "refbn_d2[report]",
+    "submitit": "refbn_d2[slurm]",
     "sklearn": "refbn_d2[quick]",
     "safetensors": "refbn_d2[pretrained]",
     "timm": "refbn_d2[pretrained]",

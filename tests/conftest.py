@@ -31,6 +31,7 @@ _SLOW = (
     "tests/engine/test_trainer.py",
     "tests/experiments/test_matrix.py::test_run_",
     "tests/experiments/test_runner.py",
+    "tests/experiments/test_status.py::test_a_local_",
     "tests/norms/kernels/test_cpu_cpp.py",
     "tests/norms/kernels/test_kernels.py::test_triton_",
     "tests/norms/kernels/test_library.py",

@@ -1,12 +1,14 @@
 """Trains detectors that differ in their norm, and reports whether their AP differs.
 
 run      trains what a matrix file lists: norms x seeds x images per batch x grouping
+status   of the runs: done, running, queued or failed, and the time left
+cancel   ends the runs; they save before
 report   from run folders, or from COCO results files: report.json, report.md, report.html
 """
 
 import argparse
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Mapping
 
 from rich.console import Console
 from rich.markdown import Markdown
@@ -27,8 +29,9 @@ def add_run(commands) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the run folders")
     parser.add_argument("--num-gpus", type=int, default=0, help="of each run; 0 for the CPU")
     parser.add_argument(
-        "--jobs", type=int, default=1, help="runs at a time, sharing the cores, each with own GPUs"
+        "--jobs", type=int, help="runs at a time, sharing the cores, each with own GPUs; default 1"
     )
+    add_executor(parser)
     parser.add_argument(
         "--until-decided",
         action="store_true",
@@ -47,27 +50,94 @@ def add_run(commands) -> None:
     parser.set_defaults(function=run)
 
 
+def add_executor(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say where runs are trained."""
+    parser.add_argument(
+        "--executor",
+        choices=("local", "slurm"),
+        default="local",
+        help="this machine, or a job of SLURM for each run; default: %(default)s",
+    )
+    parser.add_argument(
+        "--slurm",
+        nargs="+",
+        default=[],
+        metavar="OPTION[=VALUE]",
+        help="options of sbatch, as partition=gpu time=8:00:00 account=vision mem=64G",
+    )
+
+
+def sbatch_options(args: argparse.Namespace) -> Mapping[str, Any]:
+    """The options of sbatch in ``--slurm``.
+
+    Raises:
+        UserError: ``--slurm`` is given for local runs, or ``--jobs`` for SLURM.
+    """
+    if args.executor == "local" and args.slurm:
+        raise UserError("--slurm has options of sbatch: add --executor slurm")
+    if args.executor == "slurm" and args.jobs is not None:
+        raise UserError("--jobs is for --executor local: SLURM decides how many run at a time")
+    pairs = (option.lstrip("-").partition("=") for option in args.slurm)
+    return {name: value if equals else True for name, equals, value in pairs}
+
+
 def run(args: argparse.Namespace) -> None:
     from ..evaluation.sequential import Plan
     from ..experiments.matrix import RunSpec, load_matrix
     from ..experiments.runner import run_matrix
     from ..experiments.until_decided import run_until_decided
 
-    if args.jobs < 1:
-        raise UserError(f"--jobs {args.jobs}: use at least 1")
+    options = sbatch_options(args)
+    jobs = 1 if args.jobs is None else args.jobs
+    if jobs < 1:
+        raise UserError(f"--jobs {jobs}: use at least 1")
     specs = load_matrix(find_config(args.matrix))
+    if args.executor == "slurm":
+        from ..experiments.slurm import submit_matrix
+
+        if args.until_decided:
+            raise UserError(
+                "--until-decided waits for its runs, jobs of SLURM are not waited for: submit this "
+                "command itself, with sbatch and --executor local"
+            )
+        return submit_matrix(specs, args.output, args.num_gpus, options)
 
     def train(specs: List[RunSpec]) -> List[Dict[str, Any]]:
-        return run_matrix(specs, args.output, args.num_gpus, args.jobs)
+        return run_matrix(specs, args.output, args.num_gpus, jobs)
 
     if args.until_decided:
         plan = Plan(args.max_seeds, args.margin)
-        run_until_decided(specs, args.output, plan, args.baseline, train, args.jobs)
+        run_until_decided(specs, args.output, plan, args.baseline, train, jobs)
         return
     records = train(specs)
     failed = sum(record["status"] != "finished" for record in records)
     if failed:
         raise UserError(f"{failed} of {len(records)} runs did not finish; see above")
+
+
+def add_status(commands) -> None:
+    parser = commands.add_parser("status", help="how far the runs are; the time left")
+    parser.add_argument("output", type=Path, help="the --output of run")
+    parser.set_defaults(function=status)
+
+
+def status(args: argparse.Namespace) -> None:
+    from ..experiments.status import find_stages, summary
+
+    print("\n".join(map(printable, summary(find_stages(args.output)).splitlines())))
+
+
+def add_cancel(commands) -> None:
+    parser = commands.add_parser("cancel", help="end the runs; they save before")
+    parser.add_argument("output", type=Path, help="the --output of run")
+    parser.set_defaults(function=cancel)
+
+
+def cancel(args: argparse.Namespace) -> None:
+    from ..experiments.status import cancel
+
+    lines = cancel(args.output)
+    print("\n".join(f"told to end: {line}" for line in lines) or "nothing runs or waits")
 
 
 def add_report(commands) -> None:
@@ -157,6 +227,8 @@ def main() -> None:
     )
     commands = parser.add_subparsers(required=True, metavar="command")
     add_run(commands)
+    add_status(commands)
+    add_cancel(commands)
     add_report(commands)
     args = parser.parse_args()
     args.function(args)

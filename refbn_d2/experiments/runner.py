@@ -1,6 +1,5 @@
 """Runs a matrix of experiments: skips finished runs, and continues if a run fails."""
 
-import json
 import os
 import queue
 import re
@@ -10,10 +9,10 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, Dict, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import torch
 from detectron2.data import MetadataCatalog
@@ -23,12 +22,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..config import load_config
 from ..engine.signals import PARENT, handle, restore
 from ..errors import UserError
-from ..io.atomic import atomic_write
-from ..io.json import read_json
 from ..io.lock import folder_lock, holder
 from .matrix import RunSpec
+from .records import PRETRAINING, RUN, last_metrics, read_record, seed_lock, write_record
 
-__all__ = ["is_finished", "is_pretrained", "record_of", "run_matrix"]
+__all__ = ["is_finished", "is_pretrained", "prepare", "record_of", "run_matrix", "run_stages"]
+__all__ += ["seed_locks"]
 
 _BACKBONE = "backbone.pth"
 
@@ -44,8 +43,8 @@ def is_pretrained(spec: RunSpec, output: Path) -> bool:
 
 def is_finished(spec: RunSpec, output: Path) -> bool:
     """Whether a run has been trained and evaluated."""
-    file = output / spec.folder / "run.json"
-    return file.exists() and _read(file).get("status") == "finished"
+    file = output / spec.folder / RUN
+    return file.exists() and read_record(file).get("status") == "finished"
 
 
 class _Failed(Exception):
@@ -55,10 +54,11 @@ class _Failed(Exception):
 class _Runner:
     def __init__(self, output: Path, num_gpus: int, jobs: int, progress: Progress):
         self._output, self._num_gpus, self._progress = output, num_gpus, progress
-        threads = max(1, (os.cpu_count() or 1) // jobs)
+        # A job of SLURM may have fewer cores than its machine.
+        cores = int(os.environ.get("SLURM_CPUS_ON_NODE") or os.cpu_count() or 1)
         # By PARENT, child processes end when this process ends, even if it is killed.
         self._env = {**_KEEP_MEMORY, **os.environ, PARENT: str(os.getpid())}
-        self._env["OMP_NUM_THREADS"] = str(threads)
+        self._env["OMP_NUM_THREADS"] = str(max(1, cores // jobs))
         self._gpus = _gpu_sets(num_gpus, jobs)
         self._children: List[subprocess.Popen] = []
         self._stop = threading.Event()
@@ -68,19 +68,6 @@ class _Runner:
         for child in self._children:
             if child.poll() is None:
                 child.terminate()
-
-    def check(self, spec: RunSpec) -> None:
-        """Raises a UserError if the output folder contains this run with other settings."""
-        settings = record_of(spec)["settings"]
-        for file, keys in (
-            (self._output / spec.folder / "run.json", ("detector", "pretraining")),
-            (self._output / spec.classifier_folder / "pretraining.json", ("pretraining",)),
-        ):
-            before = _read(file).get("settings") if file.exists() else settings
-            if not isinstance(before, dict) or any(before.get(k) != settings[k] for k in keys):
-                raise UserError(
-                    f"{file.parent} holds a run of another config: choose another --output"
-                )
 
     def _train(self, command: str, config: str, folder: Path, opts: List[str], label: str) -> None:
         """Runs ``refbn-d2 train`` or ``classify`` in a new process and waits for its end."""
@@ -126,55 +113,67 @@ class _Runner:
                 try:
                     child.wait(timeout=1)
                 except subprocess.TimeoutExpired:
-                    done = _last_iteration(folder / "metrics.json")
+                    done = last_metrics(folder).get("iteration", 0)
                     self._progress.update(task, completed=done)
         if child.returncode != 0:
             raise _Failed(f"{_reason(child.returncode, log, begin)} (see {log})")
 
-    def pretrain(self, spec: RunSpec) -> None:
+    def pretrain(self, spec: RunSpec) -> Dict[str, Any]:
+        """Pretrains and converts what a detector starts from; returns the record of it."""
         folder = self._output / spec.classifier_folder
-        if self._stop.is_set() or is_pretrained(spec, self._output):
-            return
-        _write(folder / "pretraining.json", {"settings": spec.settings()})
-        label = f"pretraining {spec.pretrained}, seed {spec.classifier_seed}"
-        self._train("classify", spec.classifier, folder, spec.classifier_opts(), label)
-        from ..weights.convert import convert  # which stands above the engine
+        record = _pretraining_record(spec)
+        if is_pretrained(spec, self._output):
+            return {**record, "status": "finished"}
 
-        try:
+        def work() -> None:
+            label = f"pretraining {spec.pretrained}, seed {spec.classifier_seed}"
+            self._train("classify", spec.classifier, folder, spec.classifier_opts(), label)
+            from ..weights.convert import convert  # which stands above the engine
+
             convert(str(folder / "model_final.pth"), str(folder / _BACKBONE))
-        except UserError as e:
-            raise _Failed(str(e)) from None
 
-    def detect(self, spec: RunSpec, pretraining_error: Optional[str]) -> Dict[str, Any]:
+        return self._recorded(folder / PRETRAINING, record, work)
+
+    def detect(self, spec: RunSpec) -> Dict[str, Any]:
+        """Trains and evaluates a detector; returns its record."""
         folder = self._output / spec.folder
-        file = folder / "run.json"
-        record = record_of(spec)
         if is_finished(spec, self._output):
-            return _read(file)
-        if self._stop.is_set():
-            return {**record, "status": "interrupted"}
-        seconds = _read(file).get("seconds", 0.0) if file.exists() else 0.0
-        _write(file, {**record, "status": "running", "seconds": seconds})
-        opts = spec.detector_opts()
-        if spec.classifier:
-            weights = self._output / spec.classifier_folder / _BACKBONE
-            opts += ["MODEL.WEIGHTS", str(weights)]
-        begin = time.monotonic()
-        try:
-            if pretraining_error:
-                raise _Failed(pretraining_error)
+            return read_record(folder / RUN)
+
+        def work() -> None:
+            opts = spec.detector_opts()
+            if spec.classifier:
+                pretraining = self._output / spec.classifier_folder
+                if not is_pretrained(spec, self._output):
+                    error = read_record(pretraining / PRETRAINING).get("error", "did not finish")
+                    raise _Failed(f"pretraining failed: {error}")
+                opts += ["MODEL.WEIGHTS", str(pretraining / _BACKBONE)]
             protocol = f"{spec.protocol}, " if spec.protocol else ""
             label = f"{protocol}{spec.name}, batch {spec.ims_per_batch}, grouping {spec.grouping:g}"
             self._train("train", spec.config, folder, opts, f"{label}, seed {spec.seed}")
+
+        return self._recorded(folder / RUN, record_of(spec), work)
+
+    def _recorded(
+        self, file: Path, record: Dict[str, Any], work: Callable[[], None]
+    ) -> Dict[str, Any]:
+        """Does ``work``; keeps in ``file`` how it went, and its seconds with those of earlier."""
+        if self._stop.is_set():
+            return {**record, "status": "interrupted"}
+        seconds = read_record(file).get("seconds", 0.0) if file.exists() else 0.0
+        write_record(file, {**record, "status": "running", "seconds": seconds})
+        begin = time.monotonic()
+        try:
+            work()
             record["status"] = "finished"
-        except _Failed as e:
+        except (_Failed, UserError) as e:
             stopped = self._stop.is_set()
             error = "stopped; the same command goes on from the last checkpoint"
             record.update(
                 status="interrupted" if stopped else "failed", error=error if stopped else str(e)
             )
         record["seconds"] = round(seconds + time.monotonic() - begin, 1)
-        _write(file, record)
+        write_record(file, record)
         return record
 
 
@@ -218,14 +217,6 @@ def _reason(status: int, log: Path, begin: int) -> str:
     return (errors or lines or ["no output"])[-1]
 
 
-def _last_iteration(metrics: Path) -> int:
-    try:
-        last = metrics.read_text().strip().splitlines()[-1]
-        return json.loads(last)["iteration"]
-    except (OSError, IndexError, KeyError, json.JSONDecodeError):  # no file yet, or a partial line
-        return 0
-
-
 def record_of(spec: RunSpec) -> Dict[str, Any]:
     """Returns the content of a run's ``run.json`` without its status and time."""
     cfg = load_config(spec.config, spec.detector_opts())
@@ -242,24 +233,14 @@ def record_of(spec: RunSpec) -> Dict[str, Any]:
         **({} if spec.pretraining_seed is None else {"pretraining_seed": spec.pretraining_seed}),
         "gt": metadata.get("json_file"),
         "image_root": metadata.get("image_root"),
+        "iterations": cfg.SOLVER.MAX_ITER,
         "settings": spec.settings(),
     }
 
 
-def _read(file: Path) -> Dict[str, Any]:
-    content = read_json(file)
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: is not a record of a run, but a {type(content).__name__}")
-    return content
-
-
-def _write(path: Path, record: Dict[str, Any]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(str(path)) as f:
-            json.dump(record, f, indent=1)
-    except OSError as e:
-        raise UserError(f"{path} cannot be written: {e.strerror}") from None
+def _pretraining_record(spec: RunSpec) -> Dict[str, Any]:
+    cfg = load_config(spec.classifier, spec.classifier_opts())
+    return {"iterations": cfg.SOLVER.MAX_ITER, "settings": spec.settings()}
 
 
 def run_matrix(
@@ -284,6 +265,73 @@ def run_matrix(
         UserError: If ``output`` contains one of the runs with another config, if another process
             runs one of the seeds in it, or if there are not enough GPUs.
     """
+    _gpu_sets(num_gpus, jobs)  # refuses what cannot be before anything is written
+    with seed_locks(specs, output):
+        return run_stages(prepare(specs, output), specs, output, num_gpus, jobs)
+
+
+@contextmanager
+def seed_locks(specs: List[RunSpec], output: Path) -> Iterator[None]:
+    """Locks the seeds of a matrix: several machines can run different seeds of one output.
+
+    Raises:
+        UserError: If another process has locked one of them.
+    """
+    with ExitStack() as stack:
+        for seed in sorted({spec.seed for spec in specs}):
+            stack.enter_context(folder_lock(output, name=seed_lock(seed)))
+        yield
+
+
+def prepare(specs: List[RunSpec], output: Path) -> List[RunSpec]:
+    """Records the unfinished runs as queued.
+
+    Args:
+        specs: Runs of the matrix.
+        output: Output folder of the matrix.
+
+    Returns:
+        The unfinished pretrainings, each by one of the runs that start from it.
+
+    Raises:
+        UserError: If ``output`` contains one of the runs with other settings.
+    """
+    records = {output / spec.folder / RUN: record_of(spec) for spec in specs}
+    stages = {spec.classifier_folder: spec for spec in specs if spec.classifier}
+    records.update(
+        {output / folder / PRETRAINING: _pretraining_record(s) for folder, s in stages.items()}
+    )
+    before = {file: read_record(file) for file in records if file.exists()}
+    for file, found in before.items():
+        settings = records[file]["settings"]
+        keys = settings if file.name == RUN else ["pretraining"]
+        if not isinstance(found.get("settings"), dict) or any(
+            found["settings"].get(k) != settings[k] for k in keys
+        ):
+            raise UserError(f"{file.parent} holds a run of another config: choose another --output")
+    todo = [spec for spec in stages.values() if not is_pretrained(spec, output)]
+    for file, record in records.items():
+        found = before.get(file, {})
+        done = found.get("status") == "finished" or (file.parent / _BACKBONE).exists()
+        if not done:
+            seconds = found.get("seconds", 0.0)
+            write_record(file, {**record, "status": "queued", "seconds": seconds})
+    return todo
+
+
+def run_stages(
+    pretrainings: List[RunSpec], specs: List[RunSpec], output: Path, num_gpus: int, jobs: int
+) -> List[Dict[str, Any]]:
+    """Pretrains, then trains detectors; as :func:`run_matrix`, without its locks and checks.
+
+    Args:
+        pretrainings: Runs whose pretraining is to be made.
+        specs: Runs whose detector is to be trained.
+        output, num_gpus, jobs: As of :func:`run_matrix`.
+
+    Returns:
+        The records of the detectors.
+    """
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -291,28 +339,16 @@ def run_matrix(
         MofNCompleteColumn(),
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
     )
-    with ExitStack() as stack:
-        # Runs of different seeds share no files, so several machines can run different seeds.
-        for seed in sorted({spec.seed for spec in specs}):
-            stack.enter_context(folder_lock(output, name=f".lock_seed{seed}"))
-        progress = stack.enter_context(Progress(*columns, console=console))
+    with Progress(*columns, console=console) as progress:
         runner = _Runner(output, num_gpus, jobs, progress)
-        for spec in specs:
-            runner.check(spec)
-        stages = {s.classifier_folder: s for s in specs if s.classifier}
-        overall = progress.add_task("all runs", total=len(specs) + len(stages))
+        overall = progress.add_task("all runs", total=len(specs) + len(pretrainings))
 
-        def pretrain(spec: RunSpec) -> Optional[str]:
-            try:
-                runner.pretrain(spec)
-            except _Failed as e:
-                return f"pretraining failed: {e}"
-            finally:
-                progress.advance(overall)
-            return None
+        def pretrain(spec: RunSpec) -> None:
+            runner.pretrain(spec)
+            progress.advance(overall)
 
-        def detect(spec: RunSpec, error: Optional[str]) -> Dict[str, Any]:
-            record = runner.detect(spec, error)
+        def detect(spec: RunSpec) -> Dict[str, Any]:
+            record = runner.detect(spec)
             progress.advance(overall)
             _say(console, f"{record['status']}: {spec.folder} {record.get('error', '')}")
             return record
@@ -321,9 +357,8 @@ def run_matrix(
         try:
             with ThreadPoolExecutor(jobs) as pool:
                 try:
-                    errors = dict(zip(stages, pool.map(pretrain, stages.values())))
-                    of_each = [errors.get(s.classifier_folder) for s in specs]
-                    return list(pool.map(detect, specs, of_each))
+                    list(pool.map(pretrain, pretrainings))
+                    return list(pool.map(detect, specs))
                 except BaseException:
                     runner.stop()  # the pool waits until the children have saved
                     raise

@@ -60,13 +60,17 @@ def folder_lock(folder: Path, name: str = FILE, wait: bool = False) -> Iterator[
         yield
 
 
-def holder(folder: Path) -> Optional[str]:
+def holder(folder: Path, name: str = FILE) -> Optional[str]:
     """Returns a description of the process that has locked a folder, or None.
+
+    Args:
+        folder: Folder that may be locked.
+        name: Name of the lock file in it.
 
     Do not call this for a folder that this process has locked: it would release the lock.
     """
     try:
-        with open(folder / FILE, "r+") as file:
+        with open(folder / name, "r+") as file:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as e:

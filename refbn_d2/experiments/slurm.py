@@ -1,0 +1,140 @@
+"""Runs a matrix as jobs of SLURM, one a run, by submitit. No shell has to wait for them."""
+
+import shlex
+import shutil
+import subprocess
+import sys
+from os import environ
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Set
+
+from ..errors import UserError
+from ..extras import needs_extra
+from .matrix import RunSpec
+from .records import JOB, PRETRAINING, RUN, read_record, write_record
+from .runner import prepare, run_stages, seed_locks
+from .status import JOBS, is_live, job_of, scheduler
+
+__all__ = ["submit_matrix"]
+
+# A notice so long before the time limit. The job then saves and queues again.
+_NOTICE = "B:TERM@120"
+
+
+def submit_matrix(
+    specs: List[RunSpec], output: Path, num_gpus: int, options: Mapping[str, Any]
+) -> None:
+    """Submits a job for each run that is neither finished nor submitted; returns at once.
+
+    A job that is preempted, reaches its time limit or loses its machine queues again, and goes on
+    from its last checkpoint. Detectors wait for their pretraining, a job of its own.
+
+    Args:
+        specs: Runs of the matrix.
+        output: Output folder; all machines of the cluster must share it.
+        num_gpus: Number of GPUs of each job; 0 for the CPU.
+        options: Further options of sbatch, such as ``{"partition": "gpu"}``.
+
+    Raises:
+        UserError: If submitit or SLURM is not installed, if SLURM refuses a job, or if ``output``
+            contains one of the runs with another config.
+    """
+    with needs_extra():
+        from submitit import SlurmExecutor
+        from submitit.core.utils import FailedJobError
+    if shutil.which("sbatch") is None:
+        raise UserError("sbatch is not there: apt-get install slurm-client, or use a login node")
+    output = output.resolve()
+    executor = SlurmExecutor(output / JOBS, python=f"exec {shlex.quote(sys.executable)}")
+
+    def submit(spec: RunSpec, pretraining: bool, after: Optional[str]) -> str:
+        folder = output / (spec.classifier_folder if pretraining else spec.folder)
+        executor.update_parameters(
+            job_name="-".join(folder.relative_to(output).parts),
+            time=None,  # the partition's; submitit's are 5 minutes
+            use_srun=False,
+            stderr_to_stdout=True,
+            additional_parameters={
+                "requeue": True,
+                "signal": _NOTICE,
+                **({"gpus-per-node": num_gpus} if num_gpus else {}),
+                **({"dependency": f"afterany:{after}"} if after else {}),
+                **options,
+            },
+        )
+        try:
+            job = executor.submit(_run, spec, output, num_gpus, pretraining).job_id
+        except FailedJobError as e:
+            lines = [x for x in str(e).splitlines() if x.startswith("sbatch: ")]
+            raise UserError("; ".join(lines) or str(e)) from None
+        write_record(folder / JOB, {"job": job})
+        return job
+
+    with seed_locks(specs, output):
+        folders = [output / f for s in specs for f in (s.folder, s.classifier_folder)]
+        live = _live(folders)
+        todo = [spec for spec in specs if output / spec.folder not in live]
+        jobs: Dict[Path, Optional[str]] = {}
+        for spec in prepare(todo, output):
+            folder = output / spec.classifier_folder
+            jobs[folder] = job_of(folder) if folder in live else submit(spec, True, None)
+        unfinished = [s for s in todo if _status(output / s.folder / RUN) != "finished"]
+        for spec in unfinished:
+            submit(spec, False, jobs.get(output / spec.classifier_folder))
+    print(
+        f"{len(specs)} runs: {len(todo) - len(unfinished)} finished, {len(specs) - len(todo)} "
+        f"submitted before, {len(unfinished)} submitted now\n"
+        f"refbn-d2 compare status {shlex.quote(str(output))}"
+    )
+
+
+def _live(folders: List[Path]) -> Set[Path]:
+    """Those of the folders that a job which has not ended is for."""
+    jobs = {folder: job for folder in folders if (job := job_of(folder))}
+    found = scheduler(jobs.values())
+    return {folder for folder, job in jobs.items() if is_live(found.get(job))}
+
+
+def _status(file: Path) -> Any:
+    return read_record(file).get("status")
+
+
+def _run(spec: RunSpec, output: Path, num_gpus: int, pretraining: bool) -> None:
+    """What a job does: one pretraining, or one detector.
+
+    Raises:
+        SystemExit: It failed (1), or was told to end (128 + signal).
+    """
+    folder = output / (spec.classifier_folder if pretraining else spec.folder)
+    record = folder / (PRETRAINING if pretraining else RUN)
+    before = _last_checkpoint(folder)
+    stages = ([spec], []) if pretraining else ([], [spec])
+    try:
+        run_stages(*stages, output, num_gpus, jobs=1)
+    except SystemExit:
+        _queue_again(record, before != _last_checkpoint(folder))
+        raise
+    if _status(record) != "finished":
+        sys.exit(1)
+
+
+def _last_checkpoint(folder: Path) -> str:
+    file = folder / "last_checkpoint"
+    return file.read_text() if file.exists() else ""
+
+
+def _queue_again(record: Path, has_moved: bool) -> None:
+    """Queues this job again if it was told that it will end, before SLURM does anything.
+
+    A job that is preempted is queued again by SLURM, and one that is cancelled stays so: they have
+    another state by now.
+    """
+    job = environ["SLURM_JOB_ID"]
+    state = scheduler([job]).get(job)
+    if state is None or state.name != "RUNNING":
+        return
+    if has_moved:
+        subprocess.run(["scontrol", "requeue", job], check=True)
+    else:  # it would never end
+        error = "told to end before its first checkpoint; ask for more time by --slurm time=..."
+        write_record(record, {**read_record(record), "error": error})
