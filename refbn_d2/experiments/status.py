@@ -143,8 +143,8 @@ def _stage(
         job, state: Its job in SLURM and the state of that, or None.
         is_local: Whether a call of ``compare run`` goes on that trains it.
     """
-    seconds = record.get("seconds")
-    seconds = float(seconds) if is_number(seconds) else 0.0
+    recorded: Any = record.get("seconds")
+    seconds = float(recorded) if is_number(recorded) else 0.0
     status, error = record.get("status"), str(record.get("error", ""))
     left: Optional[float] = None
     if status == "finished" or (folder / "backbone.pth").exists():
@@ -155,7 +155,7 @@ def _stage(
         elif state or status == "running":
             status = "running"
             metrics = last_metrics(folder)
-            eta = metrics.get("eta_seconds")
+            eta: Any = metrics.get("eta_seconds")
             left = float(eta) if is_number(eta) else None
             error = f"iteration {metrics.get('iteration', 0)} of {record.get('iterations', '?')}"
     elif job:
