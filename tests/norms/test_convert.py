@@ -221,7 +221,8 @@ def test_parametrizations_stay():
 
 @pytest.mark.parametrize("target", [n for n in NAMES if n not in ("FrozenBN", "naiveSyncBN")])
 def test_a_layer_without_bias(target):
-    bn = nn.BatchNorm2d(3, bias=False)
+    bn = nn.BatchNorm2d(3)
+    bn.register_parameter("bias", None)  # older versions of torch have no argument for it
     result = convert_norm(nn.Sequential(bn), target)[0]
     assert result.bias is None and result.weight is bn.weight
     if target != "SyncBN":  # trains on a GPU only
