@@ -7,6 +7,7 @@ import signal
 import sys
 from argparse import Namespace
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, Callable, Dict, Iterator, List, Mapping
 
 import torch
@@ -20,7 +21,10 @@ from ..errors import UserError
 from ..upstream import create_local_process_group
 from .signals import SIGNALS, handle, restore
 
-__all__ = ["launcher_environment", "start"]
+__all__ = ["TIMEOUT", "launcher_environment", "start"]
+
+# Environment variable: seconds that a process waits for the others before it ends.
+TIMEOUT = "REFBN_TIMEOUT"
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -69,6 +73,15 @@ def _checked(found: Dict[str, str]) -> Dict[str, str]:
     return found
 
 
+def _timeout() -> timedelta:
+    value = os.environ.get(TIMEOUT, "")
+    if not value:
+        return DEFAULT_TIMEOUT
+    if not re.fullmatch("0*[1-9][0-9]{0,6}", value):
+        raise UserError(f"{TIMEOUT} is {value!r} in the environment: use whole seconds from 1")
+    return timedelta(seconds=int(value))
+
+
 def start(main: Callable[..., Any], args: Namespace, device: str, main_args: tuple) -> None:
     """Calls ``main(*main_args)`` in each process of the run.
 
@@ -105,7 +118,7 @@ def start(main: Callable[..., Any], args: Namespace, device: str, main_args: tup
         torch.cuda.set_device(int(env["LOCAL_RANK"]) % count)
     os.environ.update(env)
     try:
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=DEFAULT_TIMEOUT)
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_timeout())
     # Both are RuntimeErrors; in torch 2.4 a port in use is a plain one.
     except RuntimeError as e:
         network = isinstance(e, (dist.DistNetworkError, dist.DistStoreError))
@@ -127,6 +140,7 @@ def _reason(error: Exception) -> str:
 
 def _launch(main: Callable[..., Any], args: Namespace, device: str, main_args: tuple) -> None:
     options = {k: getattr(args, k) for k in ("num_machines", "machine_rank", "dist_url")}
+    options["timeout"] = _timeout()
     if args.num_gpus * args.num_machines <= 1:
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise UserError(f"MODEL.DEVICE is {device}, and there is no GPU: add MODEL.DEVICE cpu")
