@@ -547,6 +547,7 @@ def measure_detectors(settings: Settings) -> Outcome:
                 {
                     "detector": detector,
                     "norm": norm,
+                    "images": 1 if settings.quick else 2,
                     "step (s)": t["step"]["median"],
                     "low": t["step"]["low"],
                     "high": t["step"]["high"],

@@ -12,7 +12,7 @@ import argparse
 import dataclasses
 from collections import defaultdict
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Optional
 
 from rich.console import Console
 from rich.markdown import Markdown
@@ -22,8 +22,9 @@ from .. import classification  # noqa: F401  (registers its data sets)
 from ..config_files import find_config
 from ..errors import UserError, one_line_errors
 from ..experiments.matrix import RunSpec, load_matrix
-from ..experiments.plan import check_data, planned_trainings
-from ..experiments.runner import run_matrix
+from ..experiments.plan import check_data, measured_rates, planned_trainings
+from ..experiments.runner import is_finished, run_matrix
+from .compare import add_executor, sbatch_options
 
 FULL, MINIATURE = "Matrix/table3.yaml", "Matrix/table3_miniature.yaml"
 BASELINE = "BN"
@@ -31,16 +32,25 @@ ESTIMATE = """\
 Estimated from what is published for ResNet-50 in large batches (NVIDIA's DeepLearningExamples) and
 Mask R-CNN R50-C4 with FrozenBN (detectron2's model zoo). Live norms and small batches take longer,
 newer GPUs less; evaluation comes on top. Nothing of this was measured here."""
+MEASURED = """\
+Estimated from the steps of R50-C4 in {file}, without loading, communication and evaluation.
+Pretraining, which is not measured there, by what is published for V100s, scaled as the detector."""
+# Of a run at full size: weights and momentum in float32, of which the newest three and the final
+# one stay (SOLVER.CHECKPOINT_MAX_TO_KEEP).
+CHECKPOINT_GB = {"pretrain": 0.9, "train": 1.2}
 
 
-def show_plan(specs: List[RunSpec], output: Path, num_gpus: int) -> None:
-    """Prints the steps; how long they take only where the published numbers say something."""
-    plan = planned_trainings(specs, output)
-    table = Table("step", "images seen", "V100 hours", "folder", "", box=None)
+def show_plan(
+    specs: List[RunSpec], output: Path, num_gpus: int, gpu_check: Optional[Path] = None
+) -> None:
+    """Prints the steps; how long they take only where numbers of a GPU say something."""
+    plan = planned_trainings(specs, output, measured_rates(gpu_check) if gpu_check else None)
+    unit = "GPU hours" if gpu_check else "V100 hours"
+    table = Table("step", "images seen", unit, "folder", "", box=None)
     for column in (1, 2):
         table.columns[column].justify = "right"
     for step in plan:
-        hours = f"{step.v100_hours:,.0f}" if num_gpus else "–"
+        hours = f"{step.gpu_hours:,.0f}" if num_gpus else "–"
         done = "finished" if step.finished else ""
         table.add_row(step.what, f"{step.images:,}", hours, str(step.folder), done)
     table.add_row("report", "", "", str(output / "report"))
@@ -49,9 +59,11 @@ def show_plan(specs: List[RunSpec], output: Path, num_gpus: int) -> None:
     console.width = max(console.width, 160)
     console.print(table)
     if num_gpus:
-        left = sum(step.v100_hours for step in plan if not step.finished)
-        print(f"\nTo do: {left:,.0f} V100 hours, or {left / num_gpus:,.0f} hours on {num_gpus}.")
-        print(ESTIMATE)
+        left = sum(step.gpu_hours for step in plan if not step.finished)
+        print(f"\nTo do: {left:,.0f} {unit}, or {left / num_gpus:,.0f} hours on {num_gpus}.")
+        print(MEASURED.format(file=gpu_check) if gpu_check else ESTIMATE)
+        storage = sum(CHECKPOINT_GB[step.what.split()[0]] for step in plan)
+        print(f"Checkpoints: {storage:,.0f} GB in {output}; docs/reproduce.md has the network.")
 
 
 def report(output: Path) -> List[Path]:
@@ -95,7 +107,15 @@ def main() -> None:
         help="output folder; default: output/table3, or output/table3_miniature",
     )
     parser.add_argument("--dry-run", action="store_true", help="list the steps and stop")
+    parser.add_argument(
+        "--gpu-check",
+        type=Path,
+        metavar="JSON",
+        help="gpu_check.json of make gpu-check, to estimate the hours of --dry-run from",
+    )
+    add_executor(parser)
     args = parser.parse_args()
+    options = sbatch_options(args)
 
     matrix = find_config(MINIATURE if args.miniature else args.matrix)
     num_gpus = args.num_gpus if args.num_gpus is not None else 0 if args.miniature else 8
@@ -107,8 +127,13 @@ def main() -> None:
             dict.fromkeys(dataclasses.replace(c, seed=s) for s in args.seeds for c in specs)
         )
     if args.dry_run:
-        return show_plan(specs, output, num_gpus)
+        return show_plan(specs, output, num_gpus, args.gpu_check)
     check_data(specs)
+    if args.executor == "slurm" and not all(is_finished(spec, output) for spec in specs):
+        from ..experiments.slurm import submit_matrix
+
+        submit_matrix(specs, output, num_gpus, options)
+        return print("When all are done, the same command writes the report.")
     records = run_matrix(specs, output, num_gpus, jobs)
     print("\n".join(map(str, report(output))))
     failed = sum(record["status"] != "finished" for record in records)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Mapping, Optional
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -11,10 +11,12 @@ from detectron2.utils.file_io import PathManager
 from ..config import load_config
 from ..data.errors import dataset_errors
 from ..errors import UserError
+from ..io.coco import is_number
+from ..io.json import read_json
 from .matrix import RunSpec
 from .runner import is_finished, is_pretrained
 
-__all__ = ["PlannedTraining", "check_data", "planned_trainings"]
+__all__ = ["PlannedTraining", "check_data", "measured_rates", "planned_trainings"]
 
 # Training images per second of one V100, from published numbers for eight. detectron2's model zoo,
 # Mask R-CNN R50-C4 1x with FrozenBN: 0.584 s for 16 images. NVIDIA's DeepLearningExamples, PyTorch
@@ -31,39 +33,74 @@ class PlannedTraining:
         what: Description of the training.
         folder: Folder of the run.
         images: Number of training images, counted once for each use (iterations x batch size).
-        v100_hours: Estimated GPU hours of a full-size network on V100s, by published throughputs.
+        gpu_hours: Estimated GPU hours of a full-size network: on V100s by published throughputs,
+            or on the GPU whose throughput was measured.
         finished: Whether the output folder contains its result.
     """
 
     what: str
     folder: Path
     images: int
-    v100_hours: float
+    gpu_hours: float
     finished: bool
 
 
-def planned_trainings(specs: List[RunSpec], output: Path) -> List[PlannedTraining]:
+def measured_rates(file: Path) -> Dict[str, float]:
+    """Reads how fast a GPU trains R50-C4 from the JSON file of ``make gpu-check``.
+
+    Args:
+        file: gpu_check.json.
+
+    Returns:
+        Training images per second of one GPU for the norms that were measured, BN among them.
+
+    Raises:
+        UserError: If it is not such a file, or a rehearsal without a GPU.
+    """
+    report = read_json(file)
+    if isinstance(report, dict) and report.get("quick"):
+        raise UserError(
+            f"{file}: a rehearsal, whose times mean nothing; run make gpu-check on a GPU"
+        )
+    try:
+        rows = [r for r in report["parts"]["detectors"]["rows"] if r["detector"] == "R50-C4"]
+        found = {r["norm"]: (r.get("images", 2), r["step (s)"]) for r in rows}
+    except (KeyError, TypeError, AttributeError):
+        found = {}
+    numbers = [x for pair in found.values() for x in pair]
+    if "BN" not in found or not all(is_number(x) and x > 0 for x in numbers):
+        raise UserError(
+            f"{file}: has no times of R50-C4; make gpu-check writes a file that has them"
+        )
+    return {norm: images / seconds for norm, (images, seconds) in found.items()}
+
+
+def planned_trainings(
+    specs: List[RunSpec], output: Path, rates: Optional[Mapping[str, float]] = None
+) -> List[PlannedTraining]:
     """Returns the trainings of ``run_matrix``, in the order in which they run.
 
     Args:
         specs: Runs of the matrix.
         output: Output folder of the matrix.
+        rates: Of :func:`measured_rates`; None for published numbers. Pretraining is not measured:
+            its published number is scaled as that of the detector with BN.
     """
     found = []
+    of_v100 = rates["BN"] / _DETECTOR_RATE if rates else 1.0
     stages: Dict[Path, RunSpec] = {c.classifier_folder: c for c in specs if c.classifier}
     for folder, spec in stages.items():
         cfg = load_config(spec.classifier, spec.classifier_opts())
         what = f"pretrain {spec.pretrained}, seed {spec.classifier_seed}, and convert"
         done = is_pretrained(spec, output)
-        rate = _CLASSIFIER_RATE[cfg.SOLVER.AMP.ENABLED]
+        rate = _CLASSIFIER_RATE[cfg.SOLVER.AMP.ENABLED] * of_v100
         found.append(_planned(what, output / folder, cfg, rate, done))
     for spec in specs:
         cfg = load_config(spec.config, spec.detector_opts())
         protocol = f" ({spec.protocol})" if spec.protocol else ""
         what = f"train detector {spec.name}{protocol}, seed {spec.seed}"
-        found.append(
-            _planned(what, output / spec.folder, cfg, _DETECTOR_RATE, is_finished(spec, output))
-        )
+        rate = rates.get(spec.norm, rates["BN"]) if rates else _DETECTOR_RATE
+        found.append(_planned(what, output / spec.folder, cfg, rate, is_finished(spec, output)))
     return found
 
 

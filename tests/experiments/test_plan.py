@@ -1,6 +1,7 @@
 """What a matrix takes, counted by hand, and what is missing for it."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import refbn_d2.classification  # noqa: F401  (registers its data sets)
 from refbn_d2.config import load_config
 from refbn_d2.errors import UserError
 from refbn_d2.experiments.matrix import RunSpec
-from refbn_d2.experiments.plan import check_data, planned_trainings
+from refbn_d2.experiments.plan import check_data, measured_rates, planned_trainings
 
 COCO = tiny.ROOT / "configs/COCO-InstanceSegmentation"
 QUICK = tiny.ROOT / "configs/Quick"
@@ -28,10 +29,40 @@ def test_hours_follow_from_published_throughputs(tmp_path):
     pretrain, detect = planned_trainings([spec], tmp_path)
     # detectron2 publishes 14.6 hours on 8 GPUs, NVIDIA "~12 hours" for 90 epochs in float32, which
     # 115 million images at 2,855 a second are.
-    assert detect.v100_hours / 8 == pytest.approx(90000 * 0.584 / 3600)
-    assert pretrain.v100_hours / 8 == pytest.approx(11.2, abs=0.1)
+    assert detect.gpu_hours / 8 == pytest.approx(90000 * 0.584 / 3600)
+    assert pretrain.gpu_hours / 8 == pytest.approx(11.2, abs=0.1)
     assert detect.images == 16 * 90000 and pretrain.images == 112590 * 1024
     assert not pretrain.finished and not detect.finished
+
+
+def test_hours_follow_from_what_was_measured(tmp_path):
+    """BN 2 images in 0.1 s, RefBN in 0.2 s: 90,000 x 16 images take 20 and 40 GPU hours."""
+    rows = [
+        {"detector": "R50-C4", "norm": n, "step (s)": s} for n, s in (("BN", 0.1), ("RefBN", 0.2))
+    ]
+    file = tmp_path / "gpu_check.json"
+    file.write_text(json.dumps({"quick": False, "parts": {"detectors": {"rows": rows}}}))
+    spec = _spec(COCO / "mask_rcnn_R_50_C4_1x_bn.yaml", str(QUICK / "Base-classifier.yaml"))
+    specs = [spec, dataclasses.replace(spec, name="RefBN", norm="RefBN", protocol="B")]
+    rates = measured_rates(file)
+    pretrain, *detectors = planned_trainings(specs, tmp_path, rates)
+    assert [x.gpu_hours for x in detectors] == pytest.approx([20, 40])
+    by_v100 = planned_trainings(specs, tmp_path)
+    assert pretrain.gpu_hours / by_v100[0].gpu_hours == pytest.approx(20 / by_v100[1].gpu_hours)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"quick": True, "parts": {}}, "a rehearsal"),
+        ({"quick": False, "parts": {"detectors": {"rows": []}}}, "no times of R50-C4"),
+        ([], "no times of R50-C4"),
+    ],
+)
+def test_a_file_that_measured_nothing(tmp_path, content, message):
+    (tmp_path / "gpu_check.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        measured_rates(tmp_path / "gpu_check.json")
 
 
 def test_one_pretraining_serves_two_protocols(tmp_path):
