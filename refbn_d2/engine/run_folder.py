@@ -1,9 +1,12 @@
 """OUTPUT_DIR of a run: locked by one run at a time, with errors if it cannot be written."""
 
+import contextlib
 import errno
 import os
 import re
+import socket
 import threading
+import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Dict, Iterator, List
@@ -15,7 +18,7 @@ from detectron2.utils import comm
 from ..errors import UserError
 from ..io import yaml as plain_yaml
 from ..io.atomic import PARTIAL
-from ..io.lock import folder_lock
+from ..io.lock import FILE, folder_lock
 
 __all__ = ["check_exists", "output_errors", "run_folder"]
 
@@ -28,6 +31,8 @@ _FILES = re.compile(
 _CHECKPOINTS = "model_*.pth"
 _LINES = "metrics.json"
 _EARLIER = "earlier_run_"
+# Seconds after which a network's file system shows what another machine has written.
+_NETWORK_DELAY = 60
 
 # Keys that change the model or the random numbers of a run. A resumed run must not change them. All
 # other keys may be changed when a run is resumed.
@@ -80,7 +85,30 @@ def run_folder(cfg: CfgNode, resume: bool) -> Iterator[List[str]]:
         problem = comm.all_gather(problem)[0]
         if problem:
             raise UserError(problem)
+        if _is_local(cfg.OUTPUT_DIR):
+            _check_shared(Path(cfg.OUTPUT_DIR))
         yield notes
+
+
+def _check_shared(folder: Path) -> None:
+    """Raises a UserError if a process does not see the lock file that the main process wrote."""
+    # The main process must not open it: that would end the lock.
+    owner = comm.all_gather(f"{os.getpid()} on {socket.gethostname()}")[0]
+    end = time.monotonic() + _NETWORK_DELAY
+    found = comm.is_main_process()
+    while not found:
+        with contextlib.suppress(OSError):
+            found = (folder / FILE).read_text() == owner
+        if found or time.monotonic() > end:
+            break
+        time.sleep(0.5)
+    hosts = comm.all_gather("" if found else socket.gethostname())
+    missing = sorted(set(hosts) - {""})
+    if missing:
+        raise UserError(
+            f"OUTPUT_DIR {folder} of the first process is not the one on {', '.join(missing)}: "
+            "all machines must share it"
+        )
 
 
 @contextmanager

@@ -10,12 +10,13 @@ import socket
 import subprocess
 
 import kills
+import processes
 import pytest
 import tiny
 import torch
 
 from refbn_d2.config import load_config
-from refbn_d2.engine import Trainer
+from refbn_d2.engine import Trainer, run_folder
 from refbn_d2.engine.metrics import MetricsWriter
 from refbn_d2.engine.run_folder import output_errors
 from refbn_d2.errors import UserError
@@ -262,3 +263,20 @@ def test_the_terminal_is_closed(tiny_data, tmp_path):
     assert process.exitcode == 128 + signal.SIGHUP
     assert "SIGHUP: stopped after iteration" in (tmp_path / "output.txt").read_text()
     assert torch.load(tmp_path / (tmp_path / "last_checkpoint").read_text(), weights_only=True)
+
+
+def _two_folders(rank, world_size, folder, shared):
+    run_folder._NETWORK_DELAY = 0.5
+    cfg = load_config(tiny.CONFIG, ["OUTPUT_DIR", f"{folder}/{0 if shared else rank}"])
+    if shared:
+        with run_folder.run_folder(cfg, resume=True):
+            return
+    with pytest.raises(UserError, match=f"is not the one on {socket.gethostname()}: all machines"):
+        with run_folder.run_folder(cfg, resume=True):
+            pass
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_folder_that_machines_do_not_share(tmp_path, shared):
+    """Each process has another folder of the same name, as on disks of their own."""
+    processes.run_group(2, _two_folders, str(tmp_path), shared)
