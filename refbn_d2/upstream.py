@@ -171,7 +171,7 @@ PRIVATE: Dict[str, Private] = {
         "norms.running", "the base of all norms with running statistics"
     ),
     "torch.nn.modules.batchnorm:_NormBase._check_input_dim": Private(
-        "norms.reference_norm", "the check that BatchNorm2d makes of its input"
+        "norms.batch_norm_like", "the check that BatchNorm2d makes of its input"
     ),
     "torch.nn.modules.batchnorm:_BatchNorm": Private(
         "norms.fold", "the base of BatchNorm in all dimensions"
@@ -189,7 +189,7 @@ PRIVATE: Dict[str, Private] = {
         "norms.convert", "those of the old layer are not the new one's"
     ),
     "torch:Tensor._version": Private(
-        "norms.reference_norm", "tells whether somebody wrote to a buffer in place"
+        "norms.batch_norm_like", "tells whether somebody wrote to a buffer in place"
     ),
     "torch.nn.parallel:DistributedDataParallel._active_ddp_module": Private(
         "norms.processes", "no other way to tell whether DDP's forward pass is running"

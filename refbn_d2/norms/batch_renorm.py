@@ -5,11 +5,12 @@ from typing import Deque, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from .batch_norm_like import BatchNormLike2d
 from .functional import batch_moments
 from .running import count_batch
-from .tracing import as_leaf, in_backward
+from .tracing import in_backward
 
 __all__ = ["BatchRenorm2d"]
 
@@ -23,7 +24,7 @@ Recent = Deque[Tuple[Tensor, Tensor, Tensor]]
 _MAX_RECENT = 32
 
 
-class BatchRenorm2d(nn.BatchNorm2d):
+class BatchRenorm2d(BatchNormLike2d):
     """Batch Renormalization, BRN (Ioffe 2017, arXiv 1702.03275, Algorithm 1).
 
     With sigma_B = sqrt(var_B + eps), biased var_B, and moving averages mu and sigma, training
@@ -96,24 +97,10 @@ class BatchRenorm2d(nn.BatchNorm2d):
         d_max = _D_MAX * (time / (_D_END - _START)).clamp(0, 1)
         return r_max, d_max
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalizes x of shape (N, C, H, W); the output has its shape, dtype and memory format."""
-        if not torch.jit.is_scripting():
-            leaf = as_leaf(self, x)
-            if leaf is not None:
-                return leaf
-        self._check_input_dim(x)
-        if self.training:
-            return self._forward_in_training(x)
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
-        )
-
     @torch.jit.unused  # scripted models only evaluate
-    def _forward_in_training(self, x: Tensor) -> Tensor:
+    def _forward_by_batch(self, x: Tensor) -> Tensor:
         if x.numel() == 0:
-            stats = self.running_mean, self.running_var
-            return F.batch_norm(x, *stats, self.weight, self.bias, training=False, eps=self.eps)
+            return self._normalize_by_running_stats(x)
 
         recomputes = not torch.compiler.is_compiling() and in_backward()
         with torch.no_grad():

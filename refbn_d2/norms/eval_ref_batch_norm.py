@@ -1,14 +1,13 @@
 """EvalRefBatchNorm2d: BatchNorm that evaluates an image as a member of a training batch."""
 
-from operator import is_not
-from typing import List, Optional, Tuple
+from typing import Optional, Tuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import statistics_dtype
-from .tracing import as_leaf, in_backward
+from .batch_norm_like import BatchNormLike2d, BufferNote, holds, note
+from .functional import sample_norm, statistics_dtype
+from .tracing import in_backward
 
 __all__ = ["EvalRefBatchNorm2d"]
 
@@ -21,7 +20,7 @@ _MOMENTUM = 0.1
 _LEAST_WEIGHT = 0.1
 
 
-class EvalRefBatchNorm2d(nn.BatchNorm2d):
+class EvalRefBatchNorm2d(BatchNormLike2d):
     """BatchNorm in training; in evaluation, RefBN with the running statistics as the reference.
 
     BatchNorm trains with the statistics of a batch of which each image is a part, and evaluates
@@ -77,37 +76,28 @@ class EvalRefBatchNorm2d(nn.BatchNorm2d):
         eps: float = 1e-5,
         momentum: Optional[float] = 0.1,
         *,
-        affine: bool = True,
         track_running_stats: bool = True,
         device=None,
         dtype=None,
-        bias: bool = True,
+        **kwargs,
     ):
         if not track_running_stats:
             raise ValueError(
                 "EvalRefBN evaluates by running statistics: do not set track_running_stats=False"
             )
-        super().__init__(num_features, eps, momentum, affine, True, device, dtype)
-        if not bias:
-            self.register_parameter("bias", None)
-        self.least_weight = _LEAST_WEIGHT  # an attribute, because TorchScript sees no globals
         factory = {"device": device, "dtype": dtype}
+        super().__init__(num_features, eps, momentum, **factory, **kwargs)
+        self.least_weight = _LEAST_WEIGHT  # an attribute, because TorchScript sees no globals
         self.register_buffer("batch_deviation", torch.zeros((), **factory))
         self.register_buffer("image_deviation", torch.zeros((), **factory))
         # num_batches_tracked on the host: to read the buffer in each step would wait for the GPU.
         self._step: Optional[int] = None
-        # The weight on the host, and the tensors and their versions that it was read from.
-        self._known: Optional[Tuple[List[Tensor], List[int], float]] = None
-
-    # TorchScript compiles properties, and this one is not used in forward.
-    __jit_unused_properties__ = ["own_weight"]
+        # The weight on the host, and a note of the buffers that it was read from.
+        self._known: Optional[Tuple[Optional[BufferNote], float]] = None
 
     @property
     def own_weight(self) -> Tensor:
         """The weight w of a sample's own statistics in evaluation, a scalar tensor in [0, 1]."""
-        return self._own_weight()
-
-    def _own_weight(self) -> Tensor:
         # In float32: the smallest numbers of float16 buffers would be 0.
         weight = self.batch_deviation.float() / self.image_deviation.float().clamp(min=1e-30)
         weight = torch.where(weight < self.least_weight, torch.zeros_like(weight), weight)
@@ -131,45 +121,32 @@ class EvalRefBatchNorm2d(nn.BatchNorm2d):
             over samples. The first is at most the second.
         """
         dtype = statistics_dtype(x)
-        own = x.to(dtype).mean(dim=(2, 3))
+        own = x.mean(dim=(2, 3), dtype=dtype)
         scale = torch.rsqrt(self.running_var.to(dtype) + self.eps)
         z = (own - self.running_mean.to(dtype)) * scale
         return z.mean(dim=0).square().mean(), z.square().mean()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalizes x of shape (N, C, H, W); the output has its shape, dtype and memory format."""
-        if not torch.jit.is_scripting():
-            leaf = as_leaf(self, x)
-            if leaf is not None:
-                return leaf
-        self._check_input_dim(x)
+    def _by_running_stats(self) -> bool:
         if self.training:
-            return self._forward_in_training(x)
-        if x.numel() == 0 or self._evaluates_like_batch_norm():
-            return F.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
-            )
+            return False
+        if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling():
+            return False  # the graph computes w
+        return self._known_weight() == 0.0
+
+    def _forward_by_batch(self, x: Tensor) -> Tensor:
+        if x.numel() == 0:
+            return self._normalize_by_running_stats(x)
+        if self.training:
+            return self._train(x)
         wide = x if x.dtype == torch.float64 else x.float()
-        w = self._own_weight().to(wide.dtype)
+        w = self.own_weight.to(wide.dtype)
         own_var, own_mean = torch.var_mean(wide, dim=(2, 3), correction=0)  # (N, C)
         mean = w * own_mean + (1 - w) * self.running_mean.to(wide.dtype)
         var = w * own_var + (1 - w) * self.running_var.to(wide.dtype)
-        scale = torch.rsqrt(var + self.eps)
-        if self.weight is not None:
-            scale = scale * self.weight.to(wide.dtype)
-        shift = -mean * scale
-        if self.bias is not None:
-            shift = shift + self.bias.to(wide.dtype)
-        y = torch.addcmul(shift[:, :, None, None], wide, scale[:, :, None, None])
-        return y.to(x.dtype)
+        return sample_norm(x, mean, var, self.weight, self.bias, self.eps)
 
     @torch.jit.unused  # scripted models only evaluate
-    def _forward_in_training(self, x: Tensor) -> Tensor:
-        if x.numel() == 0:
-            # BatchNorm raises an error, but a head without a RoI has nothing to normalize.
-            return F.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
-            )
+    def _train(self, x: Tensor) -> Tensor:
         if self._measures():
             # Before the running statistics move towards this batch.
             with torch.no_grad():
@@ -182,30 +159,22 @@ class EvalRefBatchNorm2d(nn.BatchNorm2d):
         """Whether this training step takes part in the moving averages."""
         if torch.compiler.is_compiling():
             return True  # a counter on the host would compile the layer again in each step
-        if in_backward():  # activation checkpointing repeats a forward pass
-            self._step = None
-            return False
         if self._step is None:
             self._step = int(self.num_batches_tracked)
         self._step += 1
-        return (self._step - 1) % _PERIOD == 0
+        # Activation checkpointing repeats a forward pass in the backward pass, and BatchNorm counts
+        # it; it is measured once.
+        return (self._step - 1) % _PERIOD == 0 and not in_backward()
 
     @torch.jit.unused
     def _known_weight(self) -> float:
-        buffers = [self.batch_deviation, self.image_deviation]
-        if any(b.is_inference() or b.is_meta for b in buffers):
+        """:attr:`own_weight` on the host; it waits for the device only if a buffer has changed."""
+        buffers = self.batch_deviation, self.image_deviation
+        if any(b.is_meta for b in buffers):
             return 1.0
-        versions = [b._version for b in buffers]
-        known = self._known
-        if known is None or known[1] != versions or any(map(is_not, known[0], buffers)):
-            self._known = known = buffers, versions, float(self.own_weight)
-        return known[2]
-
-    def _evaluates_like_batch_norm(self) -> bool:
-        """Whether the host knows, without waiting for the device, that w is 0."""
-        if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling():
-            return False
-        return self._known_weight() == 0.0
+        if self._known is None or not holds(self._known[0], *buffers):
+            self._known = note(*buffers), float(self.own_weight)
+        return self._known[1]
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         self._step = None

@@ -10,9 +10,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..log import get_logger
+from .batch_norm_like import BatchNormLike2d
 from .convert import by_type, recognized
-from .eval_ref_batch_norm import EvalRefBatchNorm2d
-from .reference_norm import ReferenceNorm2d
 
 __all__ = ["fold_norms"]
 
@@ -26,10 +25,9 @@ def _is_affine_map(norm: Optional[nn.Module]) -> bool:
     found = None if norm is None else recognized(norm)
     if found is None or norm.running_mean is None or _is_observed(norm):
         return False
-    if isinstance(norm, ReferenceNorm2d):  # VBN is an affine map only while it has no reference
+    # Some layers of VBN and EvalRefBN are affine maps, and others of the same type are not.
+    if isinstance(norm, BatchNormLike2d):
         return norm._by_running_stats()
-    if isinstance(norm, EvalRefBatchNorm2d):  # most layers of a network have the weight 0
-        return float(norm.own_weight) == 0
     return found.affine_in_eval
 
 

@@ -58,12 +58,12 @@ class RefBatchNorm2d(ReferenceNorm2d):
         self.pseudo_count = float(pseudo_count)
 
     @torch.jit.unused
-    def _forward_by_reference(self, x: Tensor) -> Tensor:
+    def _forward_by_batch(self, x: Tensor) -> Tensor:
         # Not for empty input: BatchNorm counts an empty batch in num_batches_tracked, which changes
         # a cumulative average.
         if self.pseudo_count == 0 and self._moments is None and x.numel() > 0:
             return nn.BatchNorm2d.forward(self, x)
-        return super()._forward_by_reference(x)
+        return super()._forward_by_batch(x)
 
     def _normalize(self, x: Tensor) -> Tensor:
         y, mean, var = ref_batch_norm(

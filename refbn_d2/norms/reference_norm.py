@@ -1,16 +1,16 @@
 """ReferenceNorm2d, the base of every norm that holds a reference."""
 
-from typing import Optional, Tuple
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..log import get_logger
+from .batch_norm_like import BatchNormLike2d, BufferNote, holds, note
 from .functional import BatchStatistics, batch_statistics, statistics_dtype
 from .moments import Gather, Moments
 from .processes import agreement_group, all_gather, warn_of_own_references
-from .tracing import as_leaf
 
 __all__ = ["ReferenceNorm2d"]
 
@@ -22,26 +22,21 @@ _REFERENCE_KEYS = ("ref_mean", "ref_var", "ref_captured", "ref_size")
 class _HostNotes:
     """What the host remembers about the device buffer ``ref_captured``, to avoid reading it.
 
-    The buffer is authoritative; a note is only valid while the buffer has not changed.
-
     Attributes:
-        captured: The buffer tensor and its version counter when it was last known to be 1. An
-            in-place write increments the counter, and replacing the buffer changes the tensor
-            object. In both cases the note no longer matches and is ignored.
+        captured: Note of the buffer, made when it was last known to be 1. The buffer is
+            authoritative: when it has changed, the note no longer holds and is ignored.
         looked: Whether a training step has read the buffer before.
     """
 
     def __init__(self):
-        self.captured: Optional[Tuple[Tensor, int]] = None
+        self.captured: Optional[BufferNote] = None
         self.looked = False
 
 
-class ReferenceNorm2d(nn.BatchNorm2d):
+class ReferenceNorm2d(BatchNormLike2d):
     """A BatchNorm2d that also holds the statistics of one fixed reference batch.
 
-    This class derives from ``nn.BatchNorm2d`` so that code which looks for BatchNorm layers finds
-    it: the weight decay of norms, precise-BN, ``freeze()`` and the conversion to FrozenBatchNorm2d
-    in detectron2. It has BatchNorm's parameters and buffers under BatchNorm's names, and loads a
+    It has BatchNorm's parameters and buffers under BatchNorm's names, and loads a
     BatchNorm state dict without an error (it then has no reference). Evaluation is BatchNorm's: one
     affine map per channel by the running statistics.
 
@@ -79,16 +74,12 @@ class ReferenceNorm2d(nn.BatchNorm2d):
         eps: float = 1e-5,
         momentum: Optional[float] = 0.1,
         *,
-        affine: bool = True,
-        track_running_stats: bool = True,
         device=None,
         dtype=None,
-        bias: bool = True,
+        **kwargs,
     ):
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        if not bias:
-            self.register_parameter("bias", None)
         factory = {"device": device, "dtype": dtype}
+        super().__init__(num_features, eps, momentum, **factory, **kwargs)
         self.register_buffer("ref_mean", torch.zeros(num_features, **factory))
         self.register_buffer("ref_var", torch.ones(num_features, **factory))
         self.register_buffer("ref_captured", torch.zeros((), **factory))
@@ -152,34 +143,20 @@ class ReferenceNorm2d(nn.BatchNorm2d):
         self._notes.captured = None
 
     def _note_captured(self) -> None:
-        flag = self.ref_captured
         if not torch.compiler.is_compiling():
-            # Tensors created in inference mode have no version counter, so no note is possible.
-            self._notes.captured = None if flag.is_inference() else (flag, flag._version)
+            self._notes.captured = note(self.ref_captured)
 
     def _is_noted(self) -> bool:
         """Whether the host knows, without waiting for the device, that there is a reference."""
-        noted, flag = self._notes.captured, self.ref_captured
-        if noted is None or torch.compiler.is_compiling():
-            return noted is not None
-        return noted[0] is flag and not flag.is_inference() and noted[1] == flag._version
+        if torch.compiler.is_compiling():
+            return self._notes.captured is not None
+        return holds(self._notes.captured, self.ref_captured)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalizes x of shape (N, C, H, W); the output has its shape, dtype and memory format."""
-        if not torch.jit.is_scripting():
-            leaf = as_leaf(self, x)
-            if leaf is not None:
-                return leaf
-        self._check_input_dim(x)
-        if self._moments is None and self._by_running_stats():
-            # The same as BatchNorm's forward pass; TorchScript cannot call super().forward.
-            return F.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
-            )
-        return self._forward_by_reference(x)
+    def _by_running_stats(self) -> bool:
+        return self._moments is None and not self.training and self.running_mean is not None
 
     @torch.jit.unused
-    def _forward_by_reference(self, x: Tensor) -> Tensor:
+    def _forward_by_batch(self, x: Tensor) -> Tensor:
         self._check_channels(x)
         if self._moments is not None:
             return self._capture(x)
@@ -194,9 +171,6 @@ class ReferenceNorm2d(nn.BatchNorm2d):
             raise ValueError(
                 f"expected {self.num_features} channels, got an input of shape {tuple(x.shape)}"
             )
-
-    def _by_running_stats(self) -> bool:
-        return not self.training and self.running_mean is not None
 
     def _normalize(self, x: Tensor) -> Tensor:
         raise NotImplementedError

@@ -42,9 +42,9 @@ class SyncRefBatchNorm2d(RefBatchNorm2d):
     """
 
     @torch.jit.unused
-    def _forward_by_reference(self, x: Tensor) -> Tensor:
+    def _forward_by_batch(self, x: Tensor) -> Tensor:
         if not self._synchronizes():
-            return super()._forward_by_reference(x)
+            return super()._forward_by_batch(x)
         self._check_channels(x)
         moments = Moments(all_gather())
         moments.add(x)

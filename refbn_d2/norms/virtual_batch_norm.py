@@ -60,7 +60,7 @@ class VirtualBatchNorm2d(ReferenceNorm2d):
             )
 
     def _by_running_stats(self) -> bool:
-        if self.training or self.running_mean is None or self._is_noted():
+        if not super()._by_running_stats() or self._is_noted():
             return False
         held = None if torch.compiler.is_compiling() else self._read()
         if held:
