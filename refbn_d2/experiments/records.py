@@ -2,29 +2,40 @@
 
 import json
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, List
 
 from ..errors import UserError
 from ..io.atomic import atomic_write
 from ..io.json import read_json
 
 __all__ = [
+    "BACKBONE",
     "JOB",
     "PRETRAINING",
     "RUN",
     "last_metrics",
     "read_record",
     "seed_lock",
+    "seed_locks_in",
     "write_record",
 ]
 
 # In the folder of a detector, in that of a pretraining, and in both if a job of SLURM does it.
 RUN, PRETRAINING, JOB = "run.json", "pretraining.json", "slurm.json"
+# In the folder of a pretraining that is done: what its detectors start from.
+BACKBONE = "backbone.pth"
+
+_SEED_LOCK = ".lock_seed"
 
 
 def seed_lock(seed: int) -> str:
     """Name of the lock file, in the output folder, of the call that runs a seed."""
-    return f".lock_seed{seed}"
+    return f"{_SEED_LOCK}{seed}"
+
+
+def seed_locks_in(output: Path) -> List[str]:
+    """Names of the lock files of all seeds; a file says nothing about whether a call holds it."""
+    return [file.name for file in output.glob(f"{_SEED_LOCK}*")]
 
 
 def read_record(file: Path) -> Dict[str, Any]:

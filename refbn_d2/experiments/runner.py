@@ -20,16 +20,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..config import load_config
-from ..engine.signals import PARENT, handle, restore
+from ..engine.signals import PARENT, SIGNALS, handle, restore
 from ..errors import UserError
 from ..io.lock import folder_lock, holder
 from .matrix import RunSpec
-from .records import PRETRAINING, RUN, last_metrics, read_record, seed_lock, write_record
+from .records import BACKBONE, PRETRAINING, RUN, last_metrics, read_record, seed_lock, write_record
 
 __all__ = ["is_finished", "is_pretrained", "prepare", "record_of", "run_matrix", "run_stages"]
 __all__ += ["seed_locks"]
-
-_BACKBONE = "backbone.pth"
 
 # By default glibc returns the memory of large tensors to the system, which then clears it again in
 # every step. On a CPU that takes a tenth of the time. 32 MB is the largest threshold of glibc.
@@ -38,7 +36,7 @@ _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_
 
 def is_pretrained(spec: RunSpec, output: Path) -> bool:
     """Whether the backbone from which a run starts has been trained and converted."""
-    return (output / spec.classifier_folder / _BACKBONE).exists()
+    return (output / spec.classifier_folder / BACKBONE).exists()
 
 
 def is_finished(spec: RunSpec, output: Path) -> bool:
@@ -49,6 +47,10 @@ def is_finished(spec: RunSpec, output: Path) -> bool:
 
 class _Failed(Exception):
     """A training of a run failed; the message is one line."""
+
+
+class _Stopped(Exception):
+    """A training of a run was told to end, by this process or by somebody else, and saved."""
 
 
 class _Runner:
@@ -92,7 +94,7 @@ class _Runner:
             time.sleep(1)
             who = holder(folder)
         if self._stop.is_set():
-            raise _Failed("stopped before it began")
+            raise _Stopped
 
     def _command(self, folder: Path, arguments: List[str], gpus: Optional[str], task) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -115,6 +117,8 @@ class _Runner:
                 except subprocess.TimeoutExpired:
                     done = last_metrics(folder).get("iteration", 0)
                     self._progress.update(task, completed=done)
+        if _signal(child.returncode) in SIGNALS:
+            raise _Stopped  # a scheduler tells all processes, and this one may hear of it last
         if child.returncode != 0:
             raise _Failed(f"{_reason(child.returncode, log, begin)} (see {log})")
 
@@ -130,7 +134,7 @@ class _Runner:
             self._train("classify", spec.classifier, folder, spec.classifier_opts(), label)
             from ..weights.convert import convert  # which stands above the engine
 
-            convert(str(folder / "model_final.pth"), str(folder / _BACKBONE))
+            convert(str(folder / "model_final.pth"), str(folder / BACKBONE))
 
         return self._recorded(folder / PRETRAINING, record, work)
 
@@ -147,7 +151,7 @@ class _Runner:
                 if not is_pretrained(spec, self._output):
                     error = read_record(pretraining / PRETRAINING).get("error", "did not finish")
                     raise _Failed(f"pretraining failed: {error}")
-                opts += ["MODEL.WEIGHTS", str(pretraining / _BACKBONE)]
+                opts += ["MODEL.WEIGHTS", str(pretraining / BACKBONE)]
             protocol = f"{spec.protocol}, " if spec.protocol else ""
             label = f"{protocol}{spec.name}, batch {spec.ims_per_batch}, grouping {spec.grouping:g}"
             self._train("train", spec.config, folder, opts, f"{label}, seed {spec.seed}")
@@ -166,12 +170,12 @@ class _Runner:
         try:
             work()
             record["status"] = "finished"
-        except (_Failed, UserError) as e:
-            stopped = self._stop.is_set()
-            error = "stopped; the same command goes on from the last checkpoint"
-            record.update(
-                status="interrupted" if stopped else "failed", error=error if stopped else str(e)
-            )
+        except (_Failed, _Stopped, UserError) as e:
+            if isinstance(e, _Stopped) or self._stop.is_set():
+                error = "stopped; the same command goes on from the last checkpoint"
+                record.update(status="interrupted", error=error)
+            else:
+                record.update(status="failed", error=str(e))
         record["seconds"] = round(seconds + time.monotonic() - begin, 1)
         write_record(file, record)
         return record
@@ -196,15 +200,25 @@ def _say(console: Console, line: str) -> None:
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def _signal(status: int) -> int:
+    """Number of the signal that ended a process, 0 or less if none did.
+
+    Args:
+        status: Return code of ``subprocess``: negative for a signal that was not handled, and
+            128 + signal for one that was.
+    """
+    return -status if status < 0 else status - 128
+
+
 def _reason(status: int, log: Path, begin: int) -> str:
     """Describes in one line why a process failed.
 
     Args:
-        status: Return code of ``subprocess``, negative for a signal.
+        status: Return code of ``subprocess``, as of :func:`_signal`.
         log: Path of the file with the output of the process.
         begin: Offset in the file at which the output of this process begins, in bytes.
     """
-    number = -status if status < 0 else status - 128
+    number = _signal(status)
     if number > 0:
         name = signal.Signals(number).name if number in set(signal.Signals) else str(number)
         return f"ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
@@ -312,7 +326,7 @@ def prepare(specs: List[RunSpec], output: Path) -> List[RunSpec]:
     todo = [spec for spec in stages.values() if not is_pretrained(spec, output)]
     for file, record in records.items():
         found = before.get(file, {})
-        done = found.get("status") == "finished" or (file.parent / _BACKBONE).exists()
+        done = found.get("status") == "finished" or (file.parent / BACKBONE).exists()
         if not done:
             seconds = found.get("seconds", 0.0)
             write_record(file, {**record, "status": "queued", "seconds": seconds})

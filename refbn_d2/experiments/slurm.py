@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..extras import needs_extra
 from .matrix import RunSpec
 from .records import JOB, PRETRAINING, RUN, read_record, write_record
-from .runner import prepare, run_stages, seed_locks
+from .runner import is_finished, prepare, run_stages, seed_locks
 from .status import JOBS, is_live, job_of, scheduler
 
 __all__ = ["submit_matrix"]
@@ -78,7 +78,7 @@ def submit_matrix(
         for spec in prepare(todo, output):
             folder = output / spec.classifier_folder
             jobs[folder] = job_of(folder) if folder in live else submit(spec, True, None)
-        unfinished = [s for s in todo if _status(output / s.folder / RUN) != "finished"]
+        unfinished = [spec for spec in todo if not is_finished(spec, output)]
         for spec in unfinished:
             submit(spec, False, jobs.get(output / spec.classifier_folder))
     print(
@@ -93,10 +93,6 @@ def _live(folders: List[Path]) -> Set[Path]:
     jobs = {folder: job for folder in folders if (job := job_of(folder))}
     found = scheduler(jobs.values())
     return {folder for folder, job in jobs.items() if is_live(found.get(job))}
-
-
-def _status(file: Path) -> Any:
-    return read_record(file).get("status")
 
 
 def _run(spec: RunSpec, output: Path, num_gpus: int, pretraining: bool) -> None:
@@ -114,7 +110,7 @@ def _run(spec: RunSpec, output: Path, num_gpus: int, pretraining: bool) -> None:
     except SystemExit:
         _queue_again(record, before != _last_checkpoint(folder))
         raise
-    if _status(record) != "finished":
+    if read_record(record).get("status") != "finished":
         sys.exit(1)
 
 

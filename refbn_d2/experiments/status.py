@@ -14,7 +14,16 @@ from typing import Any, Collection, Dict, List, NamedTuple, Optional
 from ..errors import UserError
 from ..io.coco import is_number
 from ..io.lock import holder
-from .records import JOB, PRETRAINING, RUN, last_metrics, read_record, seed_lock
+from .records import (
+    BACKBONE,
+    JOB,
+    PRETRAINING,
+    RUN,
+    last_metrics,
+    read_record,
+    seed_lock,
+    seed_locks_in,
+)
 
 __all__ = ["JOBS", "Stage", "cancel", "find_stages", "is_live", "job_of", "scheduler", "summary"]
 
@@ -121,7 +130,7 @@ def find_stages(output: Path) -> List[Stage]:
     for file, record in records.items():
         job = open_jobs.get(file)
         seeds = [str(seed_lock(record["seed"]))] if "seed" in record else []
-        locks = seeds or [p.name for p in output.glob(seed_lock(0)[:-1] + "*")]
+        locks = seeds or seed_locks_in(output)
         is_local = job is None and any(holder(output, lock) for lock in locks)
         found.append(_stage(output, file.parent, record, job, states.get(job or ""), is_local))
     return found
@@ -147,7 +156,7 @@ def _stage(
     seconds = float(recorded) if is_number(recorded) else 0.0
     status, error = record.get("status"), str(record.get("error", ""))
     left: Optional[float] = None
-    if status == "finished" or (folder / "backbone.pth").exists():
+    if status == "finished" or (folder / BACKBONE).exists():
         status, error = "done", ""
     elif is_live(state) or (is_local and status in ("queued", "running")):
         if state and state.name == "PENDING":
@@ -244,7 +253,7 @@ def cancel(output: Path) -> List[str]:
         if done.returncode:
             raise UserError(done.stderr.strip())
     lines = [f"job {job}" for job in jobs]
-    owners = {holder(output, p.name) for p in output.glob(seed_lock(0)[:-1] + "*")} - {None}
+    owners = {holder(output, name) for name in seed_locks_in(output)} - {None}
     for owner in sorted(map(str, owners)):
         match = re.fullmatch(r"process (\d+) on (.*)", owner)
         if not match or match[2] != socket.gethostname():

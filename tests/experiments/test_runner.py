@@ -67,7 +67,8 @@ def test_names_and_messages_are_no_markup(tmp_path, child, capfd, name):
         ("echo first; echo last; exit 3", "last"),
         ("exit 1", "no output"),
         ("echo x; kill -9 $$", "ended by SIGKILL (out of memory?)"),
-        ("exit 143", "ended by SIGTERM"),
+        ("exit 137", "ended by SIGKILL (out of memory?)"),
+        ("kill -SEGV $$", "ended by SIGSEGV"),
     ],
 )
 def test_the_reason_of_a_failure(tmp_path, child, script, reason):
@@ -80,6 +81,15 @@ def test_the_reason_of_a_failure(tmp_path, child, script, reason):
     child("echo 'error: another'; exit 1")
     (record,) = run_matrix(specs, tmp_path / "out", 0, 1)
     assert record["error"] == f"error: another (see {log})" and record["seconds"] >= 0
+
+
+@pytest.mark.parametrize("script", ["exit 143", "kill -TERM $$", "exit 129"])
+def test_a_training_that_somebody_told_to_end_was_stopped(tmp_path, child, script):
+    """A scheduler tells all processes of a job, and a training may end before its runner."""
+    child(script)
+    first, second = run_matrix(_specs(tmp_path, SEEDS=[1, 2]), tmp_path / "out", 0, 1)
+    assert first["status"] == second["status"] == "interrupted"
+    assert first["error"] == "stopped; the same command goes on from the last checkpoint"
 
 
 def test_each_run_has_gpus_of_its_own(tmp_path, child, monkeypatch):
