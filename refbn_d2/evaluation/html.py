@@ -215,12 +215,13 @@ def _category_rows(
     """
     a, b = base.scores[iou_type], other.scores[iou_type]
     keys = [k for k in a[0].category_replicates if not math.isnan(a[0].categories[k])]
+    paired = other.paired_with(base)
     rows = []
     for key in keys:
         x, y = (np.array([s.categories[key] for s in scores]) for scores in (a, b))
         d = difference(
             x, y, _replicates(a, key), _replicates(b, key), comparison.units,
-            comparisons=len(keys), paired=other.paired_with(base),
+            comparisons=len(keys), paired=paired,
         )  # fmt: skip
         clear = d.p_adjusted < 0.05
         mark = ("▲" if d.delta > 0 else "▼") if clear else ""
