@@ -24,6 +24,7 @@ from refbn_d2 import get_config_file
 from refbn_d2.benchmarks.norm_cost import (
     DETECTOR_SHAPES,
     RESNET_SHAPES,
+    MeasuringEvalRefBatchNorm2d,
     PlainRefBatchNorm2d,
     SyncKernelsBatchNorm2d,
     compiled_ref_batch_norm,
@@ -48,7 +49,8 @@ def layers(args) -> dict:
         "BN": nn.BatchNorm2d,
         "RefBN": RefBatchNorm2d,
         "RefBN, plain formula": PlainRefBatchNorm2d,
-        **{name: NORM_TYPES[name].build for name in ("GN", "BRN", "SN")},
+        **{name: NORM_TYPES[name].build for name in ("EvalRefBN", "GN", "BRN", "SN")},
+        "EvalRefBN, measuring": MeasuringEvalRefBatchNorm2d,
     }
     if args.device == "cuda":
         norms["BN, kernels of SyncBN"] = SyncKernelsBatchNorm2d
@@ -119,7 +121,7 @@ MODEL_OPTS = ["MODEL.WEIGHTS", "", "SOLVER.BASE_LR", "1e-9", "MODEL.RESNETS.STRI
 
 def models(args) -> dict:
     name, group_norm, size = MODELS[args.model]
-    norms = ("BN", "RefBN", "FrozenBN", group_norm)
+    norms = ["BN", *(args.norms or ("RefBN", "EvalRefBN", "FrozenBN", group_norm))]
     opts = ["MODEL.DEVICE", args.device, *MODEL_OPTS]
     with Console(stderr=True).status("training steps and inferences"):
         results = model_times(get_config_file(name), norms, args.images, size, opts, args.repeats)
@@ -150,9 +152,7 @@ def main() -> None:
     parser.add_argument(
         "--repeats", type=int, default=15, help="rounds, in each of which every norm runs once"
     )
-    parser.add_argument(
-        "--norms", nargs="+", help="norms of the layers to measure besides BN; default: all"
-    )
+    parser.add_argument("--norms", nargs="+", help="norms to measure besides BN; default: all")
     parser.add_argument("--layout", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--model", choices=MODELS, default="quick", help="detector to measure")

@@ -12,11 +12,12 @@ from typing import Any, Callable, Dict, List, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 
-from ..norms import RefBatchNorm2d, ReferenceNorm2d, ref_batch_norm
+from ..norms import EvalRefBatchNorm2d, RefBatchNorm2d, ReferenceNorm2d, ref_batch_norm
 
 __all__ = [
     "DETECTOR_SHAPES",
     "RESNET_SHAPES",
+    "MeasuringEvalRefBatchNorm2d",
     "PlainRefBatchNorm2d",
     "SyncKernelsBatchNorm2d",
     "compiled_ref_batch_norm",
@@ -79,6 +80,13 @@ class SyncKernelsBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         unused = torch.zeros_like(self.running_mean), torch.ones_like(self.running_var)
         return ref_batch_norm(x, *unused, self.weight, self.bias, 0.0, self.eps)[0]
+
+
+class MeasuringEvalRefBatchNorm2d(EvalRefBatchNorm2d):
+    """EvalRefBN that measures its weight in each training step, which it does in every 16th."""
+
+    def _measures(self) -> bool:
+        return True
 
 
 def compiled_ref_batch_norm(channels: int) -> RefBatchNorm2d:
