@@ -12,8 +12,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUTPUT ?= output/quickstart
-# A worker takes up to 2 GB. The tests of a file stay together, because they share fixtures.
-PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+# A worker takes up to 2 GB. The tests of a file stay together, because they share fixtures. Files run
+# in the order of tests/conftest.py.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup quickstart test test-fast lint types docs gpu-check slurm-test clean
 

@@ -1,4 +1,4 @@
-"""Shared by all tests: two threads at most, the data, and running the training command."""
+"""Shared by all tests: the number of threads, the data, and running the training command."""
 
 import functools
 import logging
@@ -11,7 +11,9 @@ from typing import Callable, List, NamedTuple
 import pytest
 import torch
 
-torch.set_num_threads(2)
+# Threads of several workers on the same core wait for each other, which takes longer than the work.
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, min(2, (os.cpu_count() or 1) // _WORKERS)))
 # nohup and some schedulers start this process with SIGHUP ignored, and processes that tests start
 # inherit that; a command under nohup is right to survive it, but tests send it to ask for an end.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -47,6 +49,10 @@ def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
     for item in items:
         if item.nodeid.startswith(_SLOW):
             item.add_marker(pytest.mark.slow)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # Files with slow tests first: started last, one would run alone at the end.
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True)
