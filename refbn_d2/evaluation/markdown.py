@@ -87,7 +87,7 @@ def _table(comparison: Comparison) -> str:
             found = comparison.differences[label]
             cells = [found[t][m] for t, m in columns(comparison)]
             cells = [f"{signed(d.delta)} {interval(d)}".strip() for d in cells]
-            rows.append([f"difference from {comparison.baseline}", *cells])
+            rows.append([f"{label} − {comparison.baseline}", *cells])
     return _rows(["norm", *_titles(comparison)], rows)
 
 
