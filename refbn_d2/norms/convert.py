@@ -86,8 +86,9 @@ def convert_norm(module: nn.Module, norm: str) -> nn.Module:
 
     Args:
         module: Module to convert in place. If it is itself a norm, use the returned replacement.
-        norm: Name of the norm type: "BN", "RefBN", "SyncRefBN", "VBN", "BRN", "SyncBN", or a
-            convertible norm type of your own; with detectron2 also "FrozenBN" and "naiveSyncBN".
+        norm: Name of the norm type: "BN", "RefBN", "EvalRefBN", "SyncRefBN", "VBN", "BRN",
+            "SyncBN", or a convertible norm type of your own; with detectron2 also "FrozenBN" and
+            "naiveSyncBN".
 
     Returns:
         ``module``, or its replacement.
