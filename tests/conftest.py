@@ -45,6 +45,12 @@ _SLOW = (
 )
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Number of workers of ``-n auto``: half of the time of the slow tests is waiting."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
     for item in items:
         if item.nodeid.startswith(_SLOW):
@@ -59,6 +65,14 @@ def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
 def _seed() -> None:
     """A failure can be repeated: every test draws the same numbers each time."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def threads():
+    """``torch.set_num_threads``; the number is restored after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 def _real_data() -> Path:

@@ -1,14 +1,8 @@
 """These networks are too small for a second thread to be worth its wake-ups."""
 
-from typing import Iterator
-
 import pytest
-import torch
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(threads) -> None:
+    threads(1)

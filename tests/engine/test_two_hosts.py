@@ -49,9 +49,10 @@ def _begin(host, log, arguments, data):
     """Starts torchrun as on a machine of a cluster, where names need not be spelled out."""
     first = next(iter(HOSTS.values()))
     torchrun = f"""
-        ip netns exec {host} {sys.executable} -m torch.distributed.run --nnodes 2 --nproc_per_node 1
+        ip netns exec {host} PYTHON -m torch.distributed.run --nnodes 2 --nproc_per_node 1
         --rdzv_backend c10d --rdzv_endpoint {first}:29500 --rdzv-conf is_host={HOSTS[host] == first}
         --local-addr {HOSTS[host]} -m refbn_d2 train --resume""".split()
+    torchrun[torchrun.index("PYTHON")] = sys.executable  # whose path may have spaces
     env = {"GLOO_SOCKET_IFNAME": "link0", "DETECTRON2_DATASETS": str(data), TIMEOUT: str(WAIT)}
     with open(log, "w") as f:
         return subprocess.Popen(

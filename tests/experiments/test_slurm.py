@@ -164,7 +164,7 @@ def test_the_script_of_the_documents(env, tmp_path):
     arguments = shlex.join(["--config-file", tiny.CONFIG, *opts])
     for old, new in {
         "--ntasks-per-node=8 --gpus-per-node=8": "--ntasks-per-node=1",
-        "refbn-d2": f"{sys.executable} -m refbn_d2",
+        "refbn-d2": f"{shlex.quote(sys.executable)} -m refbn_d2",
         "--config-file …": arguments,
         # Both machines are this one: their names are no addresses.
         "srun": "export MASTER_ADDR=localhost; srun",

@@ -106,13 +106,6 @@ def test_a_relative_cache_folder_is_passed_over(monkeypatch, tmp_path):
     assert choice._compiler_and_cache()[1] == tmp_path / ".cache" / "refbn_d2"
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @needs_compiler
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(3, 5, 120, 130), (70, 33, 7, 7)])

@@ -115,8 +115,10 @@ def test_variance_keeps_its_digits_beside_an_outlier(kernels, layout):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter is slow")
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_statistics_of_many_values_keep_their_digits(kernels, layout):
+def test_statistics_of_many_values_keep_their_digits(kernels, layout, count, threads):
+    threads(count)
     x = (torch.randn(2, 3, 512, 512) * 2 + 3).contiguous(memory_format=LAYOUTS[layout])
     mean, var = kernels.moments(x)
     wanted_mean, wanted_var = oracle.moments(x.double(), 0, 2, 3)
