@@ -1,6 +1,7 @@
 """Measures the cost of norms: time relative to BatchNorm and to memory bandwidth, and memory."""
 
 import copy
+import os
 import random
 import resource
 import statistics
@@ -315,6 +316,7 @@ def model_times(
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
         )
         for norm in norms
     }
