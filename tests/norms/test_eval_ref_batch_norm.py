@@ -4,7 +4,12 @@ import copy
 
 import pytest
 import torch
+from fvcore.nn import update_bn_stats
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.func import functional_call, replace_all_batch_norm_modules_, stack_module_state, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.optim.swa_utils import update_bn
 from torch.utils.checkpoint import checkpoint
 
 from refbn_d2.norms import EvalRefBatchNorm2d, convert_norm, fold_norms
@@ -153,6 +158,48 @@ def test_activation_checkpointing_measures_once():
     )
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_activation_checkpointing_does_not_skip_every_measurement(first):
+    """If it doubles the count of steps, every 16th may be a repeated pass."""
+    norm = EvalRefBatchNorm2d(64)
+    norm.num_batches_tracked.fill_(first)
+    measured = []
+    for batch, _ in zip(grouped(0.5), range(17)):
+        before = norm.image_deviation.clone()
+        checkpoint(norm, batch.requires_grad_(), use_reentrant=False).sum().backward()
+        measured.append(not torch.equal(before, norm.image_deviation))
+    assert sum(measured) == (3 if first == 0 else 2)
+
+
+def test_replicas_of_data_parallel_count_as_the_layer_does():
+    whole, norm = EvalRefBatchNorm2d(64), EvalRefBatchNorm2d(64)
+    for k, (batch, _) in enumerate(zip(grouped(0.5), range(20))):
+        whole(batch)
+        replica = norm if k == 0 else norm._replicate_for_data_parallel()
+        replica._buffers, replica._parameters = norm._buffers, norm._parameters
+        replica(batch)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(norm.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("recompute", [update_bn_stats, lambda m, x, n: update_bn(x[:n], m)])
+@pytest.mark.parametrize("steps", [12, 50])
+def test_the_weight_survives_when_others_recompute_the_running_statistics(recompute, steps):
+    norm, w = trained(0.3, steps=0), (1 + 3 * 0.3) / 4
+    norm.set_own_weight(torch.tensor(w), torch.tensor(1.0))
+    recompute(nn.Sequential(norm), [b for b, _ in zip(grouped(0.3, seed=7), range(steps))], steps)
+    assert float(norm.own_weight) == pytest.approx(w, abs=0.1)
+    assert norm.running_mean.mean() == pytest.approx(7, abs=0.5)
+
+
+def test_reset_parameters_forgets_the_weight():
+    norm = trained(0.9, steps=1)
+    norm.reset_parameters()
+    assert float(norm.own_weight) == 0
+    x, new = next(grouped(0.9)), EvalRefBatchNorm2d(64)
+    assert torch.equal(norm(x), new(x)) and torch.equal(norm.batch_deviation, new.batch_deviation)
+
+
 def test_what_a_state_dict_says_about_the_weight():
     norm = trained(0.9, steps=1)
     w = float(norm.own_weight)
@@ -163,6 +210,11 @@ def test_what_a_state_dict_says_about_the_weight():
     assert float(other.own_weight) == 0
     other.load_state_dict(norm.state_dict())
     assert float(other.own_weight) == w
+    with torch.device("meta"):
+        empty = EvalRefBatchNorm2d(64)
+    assert "own_weight=unknown" in repr(empty)
+    empty.load_state_dict(nn.BatchNorm2d(64).state_dict(), assign=True)
+    assert float(empty.own_weight) == 0 and not any(b.is_meta for b in empty.buffers())
 
 
 def test_conversion_keeps_the_function_of_batch_norm():
@@ -222,6 +274,61 @@ def test_a_changed_weight_is_noticed():
     assert torch.allclose(norm(x).double(), evaluated(norm, x, 0.25), atol=1e-3)
 
 
+@pytest.mark.parametrize("gains", [True, False])
+def test_averages_of_models_by_hand_may_write_through_data(gains):
+    norm, other = EvalRefBatchNorm2d(64).eval(), trained(0.9, steps=1).eval()
+    if not gains:
+        norm, other = other, norm
+    x = next(grouped(0.9))
+    norm(x)
+    for ours, theirs in zip(norm.buffers(), other.buffers()):
+        ours.data.copy_(theirs.data)
+    assert torch.equal(norm(x), other(x))
+
+
+class TestWithoutValues:
+    """Tools under which no value of a buffer can be read."""
+
+    def _models(self):
+        models = [EvalRefBatchNorm2d(64).eval() for _ in range(3)]
+        for k, model in enumerate(models):
+            nn.init.normal_(model.running_mean)
+            model.set_own_weight(torch.tensor(0.4 * k), torch.tensor(1.0))
+        return models
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_an_ensemble_by_vmap(self, training):
+        models = [m.train(training) for m in self._models()]
+        state, x = stack_module_state(models), next(grouped(0.5))
+        base = copy.deepcopy(models[0]).to("meta")
+        y = vmap(lambda p, b: functional_call(base, (p, b), (x,)))(*state)
+        assert torch.allclose(y, torch.stack([m(x) for m in models]), atol=1e-5)
+
+    @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+    def test_a_graph_by_make_fx_serves_every_weight(self, mode):
+        models, x = self._models(), next(grouped(0.5))
+        states = [dict(m.state_dict()) for m in models]
+        trace = make_fx(lambda s, x: functional_call(models[0], s, (x,)), tracing_mode=mode)
+        graph = trace(states[0], x)
+        for model, state in zip(models, states):
+            assert torch.allclose(graph(state, x), model(x), atol=1e-5)
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_fake_tensors(self, training):
+        with FakeTensorMode():
+            norm = EvalRefBatchNorm2d(4).train(training)
+            assert norm(torch.randn(2, 4, 3, 3)).shape == (2, 4, 3, 3) and "unknown" in repr(norm)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_without_its_running_statistics_it_is_batch_norm(training):
+    norm, theirs = trained(0.9, steps=1), nn.BatchNorm2d(64)
+    for m in (norm.train(training), theirs.train(training)):
+        replace_all_batch_norm_modules_(m)
+    x = next(grouped(0.9))
+    assert torch.equal(norm(x), theirs(x))
+
+
 def test_a_model_in_half_precision():
     norm = trained(0.9, steps=1).eval()
     x = next(grouped(0.9))
@@ -229,3 +336,22 @@ def test_a_model_in_half_precision():
     assert torch.allclose(norm.half()(x.half()).float(), y, atol=0.05)
     untrained = EvalRefBatchNorm2d(64).half().eval()
     assert untrained(x.half()).isfinite().all()
+
+
+def test_half_precision_far_from_zero():
+    """Deviations from the initial statistics whose squares float16 does not hold."""
+    norm, theirs = EvalRefBatchNorm2d(64).half(), nn.BatchNorm2d(64).half()
+    for batch, _ in zip(grouped(0.0, n=1), range(40)):
+        for m in (norm, theirs):
+            m((batch + 300).half())
+    assert float(norm.own_weight) == 1
+    x = (next(grouped(0.0)) + 300).half()
+    assert theirs.eval()(x).isfinite().all() and norm.eval()(x).isfinite().all()
+
+
+def test_nan_in_one_channel_stays_there():
+    norm, x = EvalRefBatchNorm2d(64), next(grouped(0.9))
+    x[:, 1] = float("nan")
+    norm(x)
+    y = norm.eval()(next(grouped(0.9)))
+    assert y.isfinite().all(dim=0).all(dim=(1, 2)).sum() == 63 and y[:, 1].isnan().all()
