@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from ..config import load_config
+from ..config_files import config_names, get_config_file
 from ..errors import UserError
 from ..io import yaml as plain_yaml
 from ..io.coco import is_int, is_number
@@ -208,11 +209,10 @@ def _check_part(path: str, part: Dict[str, Any]) -> None:
 
 
 def _specs(path: str, matrix: Dict[str, Any]) -> List[RunSpec]:
-    folder = Path(path).parent
-    detector = _config_file(path, "DETECTOR", folder / matrix["DETECTOR"])
+    detector = _config_file(path, "DETECTOR", matrix["DETECTOR"])
     classifier = None
     if "CLASSIFIER" in matrix:
-        classifier = _config_file(path, "CLASSIFIER", folder / matrix["CLASSIFIER"])
+        classifier = _config_file(path, "CLASSIFIER", matrix["CLASSIFIER"])
     variants = []
     for entry in matrix["NORMS"]:
         entry = {"norm": entry} if isinstance(entry, str) else entry
@@ -252,11 +252,15 @@ def _specs(path: str, matrix: Dict[str, Any]) -> List[RunSpec]:
     ]
 
 
-def _config_file(path: str, key: str, file: Path) -> str:
-    if not file.is_file():
-        hint = "; give one config file, the norm is set in it" if "{" in file.name else ""
-        raise UserError(f"matrix {path}: {key}: {file} does not exist{hint}")
-    return str(file)
+def _config_file(path: str, key: str, name: str) -> str:
+    """The config that a matrix names: a file relative to the matrix, or a shipped config."""
+    file = Path(path).parent / name
+    if file.is_file():
+        return str(file)
+    if name in config_names():
+        return get_config_file(name)
+    hint = "; give one config file, the norm is set in it" if "{" in name else ""
+    raise UserError(f"matrix {path}: {key}: {file} does not exist{hint}")
 
 
 def _with_norm(path: str, config: str, opts: List[Any], norm: str) -> Tuple[str, ...]:

@@ -58,6 +58,17 @@ def test_an_entry_can_have_a_name_other_weights_and_options(tmp_path):
     assert spec.name == "frozen, 3 steps" and " " not in str(spec.folder)
 
 
+def test_a_matrix_elsewhere_names_shipped_configs(tmp_path):
+    """As --config-file does; a file beside the matrix wins."""
+    name = "Quick/Base-mask_rcnn_R_50_C4_quick.yaml"
+    path = _matrix(tmp_path, NORMS=["BN"], DETECTOR=name, CLASSIFIER="Quick/Base-classifier.yaml")
+    (spec,) = load_matrix(path)
+    assert (spec.config, spec.classifier) == (DETECTOR, CLASSIFIER)
+    (tmp_path / "Quick").mkdir()
+    (tmp_path / name).write_text("VERSION: 2\n")
+    assert load_matrix(path)[0].config == str(tmp_path / name)
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
