@@ -1,7 +1,7 @@
 """Mask R-CNN R50-FPN with RefBN in each place, for detectron2's tools/lazyconfig_train_net.py.
 
-The same detector as COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_refbn.yaml. It is put together
-from detectron2's model zoo, which an installation from its source has.
+The same detector as COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_refbn.yaml. It uses the configs
+of detectron2's model zoo, which are missing if detectron2 was installed from PyPI.
 """
 
 from detectron2.model_zoo import get_config
@@ -14,7 +14,8 @@ optimizer = get_config("common/optim.py").SGD
 train = get_config("common/train.py").train
 model = get_config("common/models/mask_rcnn_fpn.py").model
 
-# Unfused BatchNorm statistics, so a live norm can start from them. BGR pixels of unit scale.
+# Has BatchNorm's own statistics, from which a norm that trains can start. For BGR pixels that are
+# not divided by a standard deviation.
 train.init_checkpoint = "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
 train.max_iter = 90000
 model.pixel_std = [1.0, 1.0, 1.0]
