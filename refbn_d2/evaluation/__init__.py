@@ -1,1 +1,1 @@
-"""AP tables, intervals and reports from COCO files. Knows no model and no training loop."""
+"""AP tables, intervals and reports from COCO files; independent of models and training."""

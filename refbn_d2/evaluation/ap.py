@@ -15,28 +15,30 @@ __all__ = ["ERRORS", "METRICS", "Evaluation", "evaluate"]
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 MAX_DETECTIONS = 100
-# What TIDE tells apart: class, place, both wrong, found twice, nothing there, not found.
+# TIDE's types of error: wrong class, wrong position, both wrong, found twice, no object there,
+# object not found.
 ERRORS = ("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss")
-CATEGORY_SUBSETS = 200  # enough for a standard error that is right within 5 %
+CATEGORY_SUBSETS = 200  # the standard error is then right within 5 %
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one model scores. All AP in percent, NaN where there is no object to find.
+    """The scores of one model. AP is in percent, and NaN where there is no object to find.
 
     Attributes:
         table: metric -> AP, the numbers that detectron2's COCOEvaluator prints.
         categories: category id -> AP.
-        precision: float64 (10, 101), precision by IoU threshold 0.5..0.95 and recall 0..1, mean
-            over the categories that have objects, in 0..1.
+        precision: float64 (10, 101), precision in 0..1 by IoU threshold 0.5..0.95 and recall 0..1,
+            mean over the categories that have objects.
         replicates: float64 (subsets, len(METRICS)), the AP on each subset of the images.
-        images: image id -> AP on that image alone at IoU 0.5, in 0..1; where there is an object or
-            a detection.
-        detected_images: number of images with a detection.
-        errors: type of error -> what AP at IoU 0.5 would gain without it (Bolya et al. 2020, TIDE).
-        calibration: expected calibration error of the scores at IoU 0.5, in percent.
+        images: image id -> AP on that image alone at IoU 0.5, in 0..1, for images with an object
+            or a detection.
+        detected_images: Number of images with a detection.
+        errors: type of error -> gain of AP at IoU 0.5 without errors of this type (Bolya et al.
+            2020, TIDE).
+        calibration: Expected calibration error of the scores at IoU 0.5, in percent.
         category_replicates: category id -> float64 (subsets,), AP on each of the first
-            CATEGORY_SUBSETS subsets; of categories with objects.
+            CATEGORY_SUBSETS subsets, for categories with objects.
     """
 
     table: Dict[str, float]
@@ -60,19 +62,19 @@ def evaluate(
     """Scores ``detections``.
 
     Args:
-        gt: the ground truth.
-        detections: as ``load_results`` gives them.
+        gt: Ground truth.
+        detections: Detections from ``load_results``.
         iou_type: "bbox" or "segm".
-        subsets: image ids of each subset to score as well.
-        per_category: whether to score each category by itself on the subsets, too.
+        subsets: Image ids of each subset that is also scored.
+        per_category: Whether to score each category separately on the subsets, too.
     """
-    # With a box present COCO sizes a detection by the box, not by the mask. Other fields, which
-    # might be of a type that hotcoco refuses, are left out.
+    # If a detection has a box, COCO takes its size from the box and not from the mask. Other fields
+    # are left out, because their type might be one that hotcoco refuses.
     shape = ("bbox", "segmentation") if iou_type == "bbox" else ("segmentation",)
     fields = ("image_id", "category_id", "score", *shape)
     found = gt.coco.load_res([{k: d[k] for k in fields if k in d} for d in detections])
     scorer = hotcoco.COCOeval(gt.coco, found, iou_type)
-    # Only AP is asked for; leaving out the recalls at 1 and 10 detections makes it 3 times faster.
+    # Only AP is needed. Leaving out the recalls at 1 and 10 detections makes this 3 times faster.
     scorer.params.max_dets = [MAX_DETECTIONS]
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.filterwarnings("ignore", message="hotcoco: max_dets differ")
@@ -83,7 +85,7 @@ def evaluate(
         errors = scorer.tide_errors()["delta_ap"]
         calibration = scorer.calibration()["ece"]
     stats = dict(zip(scorer.metric_keys(), scorer.stats))
-    # iou, recall, category, area range (the first: all), detections a picture
+    # axes: IoU, recall, category, area range (the first: all), detections per image
     precision = _valid(np.asarray(scorer.eval["precision"])[:, :, :, 0, -1])
     summary = scorer.image_diagnostics(iou_thr=0.5)["img_summary"]
     return Evaluation(
@@ -124,7 +126,7 @@ def _by_category(
 
 
 def _valid(value):
-    """COCO's -1, "nothing to measure", as NaN."""
+    """Replaces COCO's -1, which means that there is nothing to measure, by NaN."""
     return np.where(np.asarray(value) > -1, value, np.nan)
 
 

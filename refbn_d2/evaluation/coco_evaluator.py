@@ -1,4 +1,4 @@
-"""detectron2's COCOEvaluator with hotcoco inside: the same numbers in seconds, not minutes."""
+"""detectron2's COCOEvaluator, computed by hotcoco: the same numbers in seconds, not minutes."""
 
 import contextlib
 import io
@@ -21,13 +21,13 @@ BACKENDS = ("hotcoco", "pycocotools")
 
 
 class _HotCOCOeval(COCOeval):
-    """pycocotools' COCOeval whose matching and accumulation of boxes and masks hotcoco does.
+    """pycocotools' COCOeval in which hotcoco matches and accumulates boxes and masks.
 
-    Loading of detections and ``summarize`` stay pycocotools' own. Keypoints stay there entirely.
+    Loading of detections, ``summarize``, and everything for keypoints are pycocotools' own.
     """
 
     def evaluate(self) -> None:
-        import hotcoco  # the package trains without it, see FastCOCOEvaluator
+        import hotcoco  # optional for training, see FastCOCOEvaluator
 
         if self.params.iouType == "keypoints":
             return super().evaluate()
@@ -51,18 +51,18 @@ class _HotCOCOeval(COCOeval):
 class FastCOCOEvaluator(COCOEvaluator):
     """COCOEvaluator whose AP comes from hotcoco or from pycocotools itself.
 
-    Both give the same result dict; pycocotools is there to check that. A limit of detections an
-    image other than 100 is always evaluated by detectron2's own pycocotools code.
+    Both give the same result dict; pycocotools is available to check that. If the limit of
+    detections per image is not 100, detectron2's own pycocotools code is always used.
     """
 
     def __init__(self, dataset_name: str, *args: Any, backend: str = "hotcoco", **kwargs: Any):
         """
         Args:
-            dataset_name, args, kwargs: of COCOEvaluator, but for ``use_fast_impl``.
-            backend: one of BACKENDS.
+            dataset_name, args, kwargs: As of COCOEvaluator, except for ``use_fast_impl``.
+            backend: One of BACKENDS.
 
         Raises:
-            UserError: the backend is unknown or not installed.
+            UserError: If the backend is unknown or not installed.
         """
         if backend not in BACKENDS:
             raise UserError(f"TEST.COCO_BACKEND {backend!r}: must be one of {', '.join(BACKENDS)}")
@@ -73,24 +73,25 @@ class FastCOCOEvaluator(COCOEvaluator):
             super().__init__(dataset_name, *args, **{**kwargs, "use_fast_impl": False})
         if self._do_evaluation:
             self._coco_api = _numbered_from_1(self._coco_api.dataset)
-        # Set after the fact: without its C++ extension detectron2 would turn it off again.
+        # Set afterwards, because detectron2 without its C++ extension would turn it off again.
         self._use_fast_impl = backend == "hotcoco"
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Dict[str, Any]:
-        """As upstream; its results files are whole or, if it is interrupted, as they were."""
+        """As in detectron2, but an interruption leaves no incomplete results files."""
         with whole_files():
             return super().evaluate(*args, **kwargs)
 
     def _eval_predictions(self, *args: Any, **kwargs: Any) -> Dict[str, Any]:
-        # detectron2 offers no argument for the class that evaluates; it looks this name up.
+        # detectron2 has no argument for the class that evaluates, but looks up this name.
         with exchanged("detectron2.evaluation.coco_evaluation:COCOeval_opt", _HotCOCOeval):
             return super()._eval_predictions(*args, **kwargs)
 
 
 def _numbered_from_1(dataset: Dict[str, Any]) -> COCO:
-    """A COCO of the same annotations, their ids and iscrowd as pycocotools needs them.
+    """A COCO with the same annotations, with ids and iscrowd as pycocotools needs them.
 
-    It takes an object with id 0 for one that nobody found, and reads iscrowd without a default.
+    pycocotools treats an object with id 0 as one that was not found, and has no default for
+    iscrowd.
     """
     annotations = [
         {"iscrowd": 0, **a, "id": n} for n, a in enumerate(dataset.get("annotations", []), 1)

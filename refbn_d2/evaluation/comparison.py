@@ -1,4 +1,4 @@
-"""From files to numbers: scores every run and compares each norm with the baseline."""
+"""Reads results, scores every run and compares each norm with the baseline."""
 
 import hashlib
 import math
@@ -33,8 +33,8 @@ class NormRuns:
     """The runs of one norm under one condition.
 
     Attributes:
-        label: unique in the report: the norm's name, with the condition where there are several.
-        scores: iou type -> one Evaluation a run.
+        label: Unique name in the report: the norm's name, with the condition if there are several.
+        scores: iou type -> one Evaluation per run.
     """
 
     label: str
@@ -51,7 +51,7 @@ class NormRuns:
         return self.runs[0].condition
 
     def paired_with(self, other: "NormRuns") -> bool:
-        """Whether runs are compared seed by seed: enough of them, with the same known seeds."""
+        """Whether runs are compared seed by seed: both have the same known seeds, and enough."""
         seeds = [run.seed for run in self.runs]
         return (
             len(seeds) >= PAIRED_FROM
@@ -76,18 +76,18 @@ class Comparison:
     """Everything a report shows.
 
     Attributes:
-        gt: the ground truth.
-        iou_types: of "bbox" and "segm".
-        baseline: name of the norm that others are compared with.
-        resamples, seed: of the image sampling.
+        gt: Ground truth.
+        iou_types: One or both of "bbox" and "segm".
+        baseline: Name of the norm that others are compared with.
+        resamples, seed: Number and seed of the random halves of the images.
         groups: label -> group, in the order of the report.
-        differences: label -> iou type -> metric -> Difference, of all but the baselines.
-        failed: runs without results.
-        primary: the iou type whose AP decides.
-        margin: smaller differences of AP count as none in practice.
-        cluster: field of the COCO images that names what was drawn as a whole, or None.
-        units: number of clusters, or of images.
-        warnings: what a reader must know before the numbers, a sentence each.
+        differences: label -> iou type -> metric -> Difference, for all except the baselines.
+        failed: Runs without results.
+        primary: The iou type whose AP decides.
+        margin: Smaller differences of AP do not matter in practice.
+        cluster: Field of the COCO images that names the cluster of an image, or None.
+        units: Number of clusters, or of images.
+        warnings: Sentences that a reader must know before the numbers.
     """
 
     gt: GroundTruth
@@ -105,7 +105,7 @@ class Comparison:
     warnings: List[str] = field(default_factory=list)
 
     def primary_difference(self, label: str) -> Difference:
-        """The one difference of ``label`` that its verdict is about."""
+        """The difference of ``label`` on which its verdict is."""
         return self.differences[label][self.primary]["AP"]
 
     def verdict(self, label: str) -> Verdict:
@@ -113,7 +113,7 @@ class Comparison:
         return self.primary_difference(label).verdict(self.margin)
 
     def clearest(self) -> List[NormRuns]:
-        """One group a norm, under the condition with the smallest p: what a page has room for."""
+        """One group per norm, under the condition with the smallest p, to save space on a page."""
         best: Dict[str, Tuple[float, NormRuns]] = {}
         for label in self.differences:
             group, p = self.groups[label], self.primary_difference(label).p
@@ -130,7 +130,7 @@ class Comparison:
         }
 
     def with_first_runs(self, count: int) -> "Comparison":
-        """The comparison as it was when each norm had its first ``count`` runs, scored already."""
+        """The comparison of the first ``count`` runs of each norm, which are scored already."""
         groups = {
             label: replace(
                 group,
@@ -156,22 +156,22 @@ def compare(
     margin: float = MARGIN,
     cluster: Optional[str] = None,
 ) -> Comparison:
-    """Scores ``runs`` and compares.
+    """Scores ``runs`` and compares the norms.
 
     Args:
-        runs: finished or not.
-        gt_path: COCO ground truth.
-        iou_types: of "bbox" and "segm".
-        baseline: name of the norm to compare with; None: the first.
-        resamples, seed: of the image sampling.
-        advance: told what is being scored, once a run and iou type.
-        primary: the iou type whose AP decides; None: "bbox" where it is evaluated.
-        margin: differences within +-margin of AP, in percent, are practically none.
-        cluster: field of the COCO images, as "group" or "video", whose images belong together;
+        runs: Runs, finished or not.
+        gt_path: Path of the COCO ground truth.
+        iou_types: One or both of "bbox" and "segm".
+        baseline: Name of the norm to compare with; None: the first.
+        resamples, seed: Number and seed of the random halves of the images.
+        advance: Called with a description of what is being scored, for each run and iou type.
+        primary: The iou type whose AP decides; None: "bbox" where it is evaluated.
+        margin: Differences of AP within +-margin, in percent, do not matter in practice.
+        cluster: Field of the COCO images, such as "group" or "video", whose images belong together;
             None if each image was drawn by itself.
 
     Raises:
-        UserError: for bad files, an unknown baseline, one result given as two seeds, or nothing to
+        UserError: For bad files, an unknown baseline, one result given as two seeds, or nothing to
             compare.
     """
     finished = [run for run in runs if not run.error]
@@ -219,7 +219,7 @@ def compare(
 
 
 def _shared_pretraining(runs: Sequence[Run]) -> List[str]:
-    """What intervals leave out where runs of all seeds start from one pretraining."""
+    """What the intervals do not cover if runs of all seeds start from one pretraining."""
     seeds = sorted({r.pretraining_seed for r in runs if r.pretraining_seed is not None})
     if not seeds:
         return []
@@ -231,7 +231,7 @@ def _shared_pretraining(runs: Sequence[Run]) -> List[str]:
 
 
 def _clusters(gt: GroundTruth, name: str) -> List[Hashable]:
-    """What each image belongs to, in the order of ``gt.sizes``."""
+    """The cluster of each image, in the order of ``gt.sizes``."""
     found: Dict[int, Hashable] = {}
     for image in gt.dataset["images"]:
         value = image.get(name)
@@ -250,7 +250,7 @@ def _check_copies(groups: Dict[str, NormRuns]) -> List[str]:
     """Refuses one result as two seeds of a norm; warns of one result under two norms.
 
     Raises:
-        UserError: naming both files.
+        UserError: With the names of both files.
     """
     first: Dict[bytes, Tuple[str, Run]] = {}
     warnings = []
@@ -258,7 +258,7 @@ def _check_copies(groups: Dict[str, NormRuns]) -> List[str]:
         own: Dict[bytes, Run] = {}
         for run in group.runs:
             content = run.results.read_bytes() if run.results.is_file() else b""
-            # Two models that find nothing are no copies of each other; a bad file is named later.
+            # Two models that find nothing are not copies. A bad file is refused later.
             if len(content.strip()) <= len("[]"):
                 continue
             digest = hashlib.sha256(content).digest()
@@ -279,7 +279,7 @@ def _check_copies(groups: Dict[str, NormRuns]) -> List[str]:
 
 def _groups(runs: Sequence[Run], baseline: str) -> Dict[str, NormRuns]:
     several = len({run.condition for run in runs}) > 1
-    # Conditions in order of batch size and grouping; within one the baseline comes first.
+    # Sorted by batch size and grouping; within a condition the baseline comes first.
     order = sorted(
         runs,
         key=lambda r: (r.ims_per_batch or 0, r.grouping or 0, r.condition, r.name != baseline),

@@ -1,7 +1,7 @@
-"""Forest plots: a row a difference, with its interval, beside the line of no difference.
+"""Forest plots: one row per difference, with its interval, beside the line of no difference.
 
-Rows are laid out in percent of the plot's width, so that the page draws them at any width and with
-its own text.
+Positions are in percent of the plot's width, so that the page can draw it at any width and with its
+own text.
 """
 
 import math
@@ -19,11 +19,11 @@ class Row(NamedTuple):
     """One difference to show.
 
     Attributes:
-        label: what is compared.
-        difference: in percent AP.
-        simultaneous: whether the interval holds for all comparisons of a report together.
-        words: shown behind the numbers, as a verdict.
-        mark: a sign for it.
+        label: Names of what is compared.
+        difference: In percent AP.
+        simultaneous: Whether the interval holds for all comparisons of a report together.
+        words: Text behind the numbers, such as a verdict.
+        mark: Sign for this text.
     """
 
     label: str
@@ -37,12 +37,12 @@ def forest(rows: Sequence[Row], margin: float = 0.0) -> Dict[str, Any]:
     """Lays out a plot.
 
     Args:
-        rows: from top to bottom. Where a norm has one run, the interval is that of its checkpoints,
-            and drawn dashed.
-        margin: half-width of the band of differences that count as none; 0 for no band.
+        rows: Rows from top to bottom. If a norm has one run, the interval is that of its
+            checkpoints, and is drawn dashed.
+        margin: Half-width of the band of differences that do not matter in practice; 0: no band.
 
     Returns:
-        {"rows", "ticks", "zero", "band"}; places are percent of the width.
+        {"rows", "ticks", "zero", "band"}; positions are in percent of the width.
     """
     shown = [_interval(row) for row in rows]
     values = [0.0, -margin, margin]
@@ -76,7 +76,7 @@ def forest(rows: Sequence[Row], margin: float = 0.0) -> Dict[str, Any]:
 
 
 def _interval(row: Row):
-    """The interval to draw, and whether it takes the checkpoints as given."""
+    """The interval to draw, and whether it is for these checkpoints only."""
     d = row.difference
     interval = d.interval(simultaneous=row.simultaneous)
     if interval is None and 1 in d.runs and d.se_images > 0:

@@ -1,4 +1,4 @@
-"""report.html: everything on one page, readable without network, scripts or colour."""
+"""report.html: the whole report on one page that needs no network, scripts or colour."""
 
 import math
 from pathlib import Path
@@ -32,7 +32,7 @@ from .text import (
 
 __all__ = ["html"]
 
-_CATEGORY_ROWS = 12  # each way, in a chart; the table below it has all of them
+_CATEGORY_ROWS = 12  # gains, and as many losses, in a chart; the table below it has all categories
 
 
 def html(
@@ -43,9 +43,9 @@ def html(
     """The page.
 
     Args:
-        comparison: what is shown.
-        notes: sentences on what a reader must know beside the numbers.
-        pictures: of ``pictures.pictures``.
+        comparison: The comparison to show.
+        notes: Sentences that a reader must know besides the numbers.
+        pictures: Result of ``pictures.pictures``.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -123,7 +123,7 @@ def _metrics(comparison: Comparison, group: NormRuns) -> Dict[str, Any]:
 
 
 def _errors(comparison: Comparison, iou_type: str) -> Dict[str, Any]:
-    """What each type of error costs, by norm, and the calibration of the scores."""
+    """The loss of AP by each type of error, for each norm, and the calibration of the scores."""
 
     def values(group: NormRuns) -> List[np.ndarray]:
         scores = group.scores[iou_type]
@@ -149,13 +149,13 @@ def _errors(comparison: Comparison, iou_type: str) -> Dict[str, Any]:
 
 
 def _over_seeds(base: np.ndarray, other: np.ndarray, paired: bool) -> Difference:
-    """The difference of two norms on these very images: they add no variance."""
+    """The difference of two norms on these images only, which therefore add no variance."""
     given = [np.repeat(x[:, None], 2, axis=1) for x in (base, other)]
     return difference(base, other, *given, 2, paired=paired)
 
 
 def _as_text(value: Any) -> Any:
-    """Whatever the template shows; figures are Markup, all other text a user may have written."""
+    """Text that is safe to show, as users may have written it; figures (Markup) are unchanged."""
     return printable(value) if type(value) is str else value
 
 
@@ -211,7 +211,7 @@ def _category_rows(
 ) -> List[Row]:
     """One row for each category, the largest gain first.
 
-    A row is marked where the simultaneous interval of all categories excludes 0.
+    A row is marked if its interval, which is simultaneous for all categories, excludes 0.
     """
     a, b = base.scores[iou_type], other.scores[iou_type]
     keys = [k for k in a[0].category_replicates if not math.isnan(a[0].categories[k])]

@@ -1,7 +1,7 @@
-"""Reads ground truth and detections in COCO format, and refuses what COCO cannot mean.
+"""Reads ground truth and detections in COCO format, and refuses invalid entries.
 
-pycocotools and hotcoco evaluate nonsense without a word (an unknown image is dropped, a mask of
-another size is compared all the same), so every entry is checked here, before any AP exists.
+pycocotools and hotcoco evaluate invalid entries without an error (they ignore an unknown image, and
+compare a mask of another size), so every entry is checked here, before AP is calculated.
 """
 
 from collections import Counter
@@ -30,7 +30,8 @@ __all__ = [
 IOU_TYPES = ("bbox", "segm")
 _MAX_ID = 2**63 - 1
 _MAX_SIDE = 2**24  # pixels
-# Share of the images that the widest results cover from which on others are alike.
+# Results are not warned of if they cover at least this share of the images that the most complete
+# results cover.
 _SIMILAR = 0.9
 
 
@@ -39,8 +40,8 @@ class GroundTruth:
     """A checked data set.
 
     Attributes:
-        path: the file it came from.
-        dataset: the file's content.
+        path: File that it was read from.
+        dataset: Content of the file.
         coco: hotcoco's index of it.
         sizes: image id -> (height, width) in pixels.
         categories: category id -> name.
@@ -76,7 +77,7 @@ def _by_id(
 
 
 def _key(value: Any) -> Any:
-    """``value`` as a key to look up: lists and dicts are no key of anything."""
+    """``value`` as a key to look up; None if it cannot be an id, such as a list or a dict."""
     return value if isinstance(value, (int, str)) else None
 
 
@@ -85,12 +86,12 @@ def load_ground_truth(path: Path, iou_types: Sequence[str]) -> GroundTruth:
 
     Args:
         path: JSON with images, annotations and categories.
-        iou_types: of IOU_TYPES; "segm" asks for a segmentation in every annotation.
+        iou_types: Some of IOU_TYPES; "segm" requires a segmentation in every annotation.
 
     Raises:
-        UserError: naming the file and the first entry that is wrong.
+        UserError: With the name of the file and the first invalid entry.
     """
-    import hotcoco  # check_ground_truth, which training calls, does without
+    import hotcoco  # not needed by check_ground_truth, which training calls
 
     content = read_json(path)
     sizes, categories = check_ground_truth(path, content, iou_types)
@@ -100,8 +101,8 @@ def load_ground_truth(path: Path, iou_types: Sequence[str]) -> GroundTruth:
 def scored_fields(dataset: Dict[str, Any]) -> Dict[str, Any]:
     """A copy of a checked data set, or of detections, with the fields that AP depends on.
 
-    Others may be of a type that hotcoco refuses. Annotations are numbered from 1, since nothing
-    refers to their ids: to pycocotools an object with id 0 is one that nobody found.
+    Other fields may have a type that hotcoco refuses. Annotations are numbered from 1, because
+    pycocotools treats an object with id 0 as one that was not found. Nothing refers to these ids.
     """
     fields = ("image_id", "category_id", "bbox", "area", "segmentation", "score")
     return {
@@ -117,20 +118,20 @@ def scored_fields(dataset: Dict[str, Any]) -> Dict[str, Any]:
 def check_ground_truth(
     path: Path, content: Any, iou_types: Sequence[str], evaluated: bool = True
 ) -> Tuple[Dict[int, Tuple[int, int]], Dict[int, str]]:
-    """Checks COCO instance annotations that are read already.
+    """Checks COCO instance annotations that have already been read.
 
     Args:
-        path: the file, for errors.
-        content: what it holds.
-        iou_types: as in :func:`load_ground_truth`.
-        evaluated: False for a file to train on alone, which needs no areas and may have text as
-            ids and annotations of images that it leaves out.
+        path: Path of the file, for error messages.
+        content: Content of the file.
+        iou_types: As in :func:`load_ground_truth`.
+        evaluated: False for a file that is used for training only. It needs no areas, and may have
+            text as ids and annotations of images that are not in the file.
 
     Returns:
         Sizes and categories, see :class:`GroundTruth`.
 
     Raises:
-        UserError: naming the file and the first entry that is wrong.
+        UserError: With the name of the file and the first invalid entry.
     """
     if not isinstance(content, dict):
         raise UserError(f"{path}: is no COCO ground truth, but a {type(content).__name__}")
@@ -186,7 +187,7 @@ def check_ground_truth(
 
 
 def _names(categories: Dict[int, Dict[str, Any]]) -> Dict[int, str]:
-    """Names by category id; those that several categories have get their id, too."""
+    """Names by category id; the id is added to a name that several categories have."""
     names = {key: category.get("name", str(key)) for key, category in categories.items()}
     count = Counter(names.values())
     return {key: name if count[name] == 1 else f"{name} (id {key})" for key, name in names.items()}
@@ -197,12 +198,12 @@ def load_results(path: Path, gt: GroundTruth, iou_types: Sequence[str]) -> List[
 
     Args:
         path: JSON list of {image_id, category_id, score, bbox and/or segmentation}. An empty list
-            is a model that found nothing.
-        iou_types: what will be evaluated; "segm" needs RLE masks of the image's size, "bbox" a box
-            or a mask (COCO then takes the mask's box).
+            means that the model found nothing.
+        iou_types: What will be evaluated; "segm" needs RLE masks of the image's size, "bbox" a box
+            or a mask (COCO then uses the box around the mask).
 
     Raises:
-        UserError: naming the file and the first entry that is wrong.
+        UserError: With the name of the file and the first invalid entry.
     """
     content = read_json(path)
     if not isinstance(content, list):
@@ -222,11 +223,11 @@ def load_results(path: Path, gt: GroundTruth, iou_types: Sequence[str]) -> List[
 
 
 def coverage_warnings(covered: Mapping[str, Collection[int]], gt: GroundTruth) -> List[str]:
-    """What must be said of results that leave out images: COCO counts their objects as missed.
+    """Warnings about results without detections on some images, whose objects count as missed.
 
     Args:
-        covered: a run, in words -> ids of the images on which it has detections.
-        gt: the ground truth.
+        covered: name of a run -> ids of the images on which it has detections.
+        gt: Ground truth.
     """
     total = len(gt.sizes)
     widest = max(covered, key=lambda run: len(covered[run]))
@@ -250,7 +251,7 @@ def coverage_warnings(covered: Mapping[str, Collection[int]], gt: GroundTruth) -
 
 
 def _named(key: Any) -> str:
-    """An id, with its type where that alone makes it unknown: 1.0 and "1" are not the image 1."""
+    """An id as text, with its type if only the type is wrong: 1.0 and "1" are not the id 1."""
     if is_int(key) or key is None:
         return str(key)
     return f"{key}, a {type(key).__name__} (ids are integers)"

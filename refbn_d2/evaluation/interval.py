@@ -1,63 +1,68 @@
-"""How sure a difference of AP is: image sampling and training seeds in one interval.
+"""Intervals for a difference of AP. They cover the choice of the images and the training seeds.
 
 The model. The AP of norm X, trained with seed s and measured on the images D, is
 
     AP(X, s, D) = mu_X + I_X(D) + S_Xs + T_Xs(D)
 
-with independent, zero-mean deviations: I_X is what drawing these images did to every run of X,
-S_Xs what the seed did on any images, T_Xs(D) what it did on these. The runs of both norms see the
-same images, so I is paired. The quantity of interest is mu_B - mu_A, estimated by the difference
-delta of the means over seeds. With k_X runs of norm X its variance is
+with independent deviations of mean zero: I_X is the effect of these images on every run of X, S_Xs
+the effect of the seed on any images, and T_Xs(D) the additional effect of the seed on these images.
+The runs of both norms are scored on the same images, so I is paired. The quantity of interest is
+mu_B - mu_A. Its estimate is delta, the difference of the means over seeds. With k_X runs of norm X
+its variance is
 
     V = Var(I_B - I_A) + sum over X in {A, B} of (Var(S_X) + Var(T_X)) / k_X
 
 *Images.* Each resample draws half of the images without replacement and scores all runs on them.
 For m of n images the variance of a statistic over such subsets, times m / (n - m), estimates its
-variance over data sets (the delete-d jackknife; to first order the bootstrap's, and valid for
-statistics less smooth than the bootstrap asks for). Images that belong together, such as the
-frames of a video, are drawn together: m and n then count clusters. hotcoco's own ``compare`` draws
-images with replacement but counts each once. Its subsets hold 63 % of the images and its standard
-error is 1 / sqrt(e - 1) = 0.76 of the right one: that interval is too short, and is not used.
+variance over data sets. (This is the delete-d jackknife. To first order it equals the bootstrap's
+variance, and it is also valid for statistics that are not smooth enough for the bootstrap.) Images
+that belong together, such as the frames of a video, are drawn together; m and n are then numbers of
+clusters. hotcoco's own ``compare`` is not used: it draws images with replacement but counts each
+once. Its subsets have 63 % of the images, and its standard error is 1 / sqrt(e - 1) = 0.76 of the
+right one, so its interval is too short.
 
-*Seeds.* The spread of AP over the runs of a norm, s_X^2, estimates Var(S_X) + Var(T_X). Where both
-norms have the same number of runs k it is pooled: s^2 = (s_A^2 + s_B^2) / 2 with 2 (k - 1) degrees
-of freedom, which stays right on average if the two spreads differ. With unequal numbers of runs
+*Seeds.* The variance of AP over the runs of a norm, s_X^2, estimates Var(S_X) + Var(T_X). If both
+norms have the same number of runs k, it is pooled: s^2 = (s_A^2 + s_B^2) / 2 with 2 (k - 1) degrees
+of freedom. This is right on average even if the two variances differ. With unequal numbers of runs
 pooling would be biased, and each norm keeps its own s_X^2; their sum has the degrees of freedom of
-Welch and Satterthwaite. With three or more pooled pairs in a report each s^2 is moderated by all of
-them, as limma's squeezeVar does (Smyth 2004): the true variances are taken to scatter about a
-common s_0^2 like s_0^2 d_0 / chi^2(d_0), with s_0^2 and d_0 fitted to the log s^2; then
+Welch and Satterthwaite. With three or more pooled pairs in a report, each s^2 is moderated by all
+of them, as in limma's squeezeVar (Smyth 2004). The assumption is that the true variances are
+distributed like s_0^2 d_0 / chi^2(d_0); s_0^2 and d_0 are fitted to the log s^2. Then
 (d_0 s_0^2 + d s^2) / (d_0 + d) has d_0 + d degrees of freedom, but at most those of all runs
-together. Unlike limma's, an s^2 is raised by this and never lowered: a condition whose runs scatter
-more than those of the others, such as a norm near divergence, keeps its own spread.
+together. Unlike in limma, an s^2 can only be raised by this and not lowered: a condition whose runs
+scatter more than those of the others, such as a norm near divergence, keeps its own variance.
 
-*Common seeds.* Runs of both norms with one seed share initial weights, the order of the data and
-the drawn RoIs, and may do well or badly together; S and T are then not independent between norms.
-From PAIRED_FROM runs on such runs are paired, as in the paired t-test: the spread is that of the
-differences d_s between the two runs of a seed, s^2 = Var(d_s) / 2 with k - 1 degrees of freedom,
-and T is that of the differences, too. This is valid whatever the correlation; it shortens the
-interval if the correlation makes up for half of the degrees of freedom, which takes 0.31 with 5
-runs and 0.58 with 3. Whether runs are paired depends on their number and not on their results,
+*Common seeds.* Runs of both norms with the same seed share initial weights, the order of the data
+and the drawn RoIs. Their APs may be high or low together, so S and T are not independent between
+norms. From PAIRED_FROM runs on, such runs are paired, as in the paired t-test: the variance is that
+of the differences d_s between the two runs of a seed, s^2 = Var(d_s) / 2 with k - 1 degrees of
+freedom, and T is that of the differences, too. This is valid whatever the correlation. It halves
+the degrees of freedom, so it shortens the interval only if the correlation is above 0.31 with 5
+runs, or 0.58 with 3. Whether runs are paired depends on their number and not on their results,
 because the shorter of two intervals would cover too little. docs/evaluation.md has measured
 correlations.
 
-*Together.* The resamples alone estimate Var(T), as the variance of a run about its norm's mean over
-runs. Hence Var(T) is not counted twice, and the spread over seeds is never taken to be less than
-Var(T), which is known well, only because runs happened to agree. The interval is
-delta +- t(df) sqrt(V). With the images' part v_1 of V, the seeds' part v_2 and their degrees of
-freedom d_1 (images, or clusters, less 1) and d_2, df is V / (v_1 / d_1 + v_2 / d_2), the harmonic
-mean weighted by variance. Satterthwaite's V^2 / (v_1^2 / d_1 + v_2^2 / d_2) is larger, and covers
-too little here: a v_2 that few runs made small by chance also loses its weight. Half of
-Var(T), which the images tell well, is counted with v_1 where the spread is pooled: by simulation
-all of it would cover too little, and none would make intervals longer than they need to be.
+*The sum.* The resamples alone estimate Var(T), as the variance of a run about its norm's mean over
+runs. Hence Var(T) is not counted twice. Var(T) is known well, so the variance over seeds is never
+taken to be less than Var(T), even if the runs happened to agree. The interval is
+delta +- t(df) sqrt(V). Let v_1 be the images' part of V, v_2 the seeds' part, and d_1 (number of
+images or clusters, less 1) and d_2 their degrees of freedom. Then df is
+V / (v_1 / d_1 + v_2 / d_2), the harmonic mean weighted by variance. Satterthwaite's
+V^2 / (v_1^2 / d_1 + v_2^2 / d_2) is larger, and its intervals cover too little here: if v_2 is too
+small by chance because there are few runs, its few degrees of freedom also have less weight. Where
+the variance is pooled, half of Var(T) is counted with v_1, because the images determine it well. By
+simulation, intervals would cover too little with all of it in v_1, and be longer than necessary
+with none of it.
 
-*One run.* A norm with a single run shows no spread over seeds. No interval on the norm is given
-then, only one that treats the checkpoints as given (image sampling alone). To use another norm's
-spread would assume that both spread alike, which one run cannot show.
+*One run.* A single run shows no spread over seeds. If a norm has one run, there is no interval for
+the norm, only one that treats the checkpoints as given (image sampling alone). To use another
+norm's spread would assume that both have the same spread, which one run cannot show.
 
-Covered: another draw of images (or clusters) from where these came from, and another draw of
-training seeds. Not covered: another data set, architecture, schedule or learning rate.
+The interval covers another draw of images (or clusters) from the same source, and another draw of
+training seeds. It does not cover another data set, architecture, schedule or learning rate.
 
-How these choices compare in coverage and length: dev/check_coverage.py, docs/evaluation.md.
+dev/check_coverage.py compares the coverage and the length of these choices; docs/evaluation.md has
+the results.
 """
 
 import enum
@@ -95,9 +100,10 @@ MAX_SEEDS = 10_000
 # Runs of each norm from which those with the same seed are paired. With fewer, the interval would
 # be longer unless the correlation is high.
 PAIRED_FROM = 5
-# Comparisons from which on spreads are moderated: a distribution cannot be fitted to two.
+# Number of comparisons from which spreads are moderated: two are too few to fit a distribution.
 _MODERATED_FROM = 3
-# Part of Var(T) that keeps the degrees of freedom of the images; all of it would cover too little.
+# Part of Var(T) that gets the degrees of freedom of the images. If all of it did, intervals would
+# cover too little.
 _KNOWN = 0.5
 _NEGLIGIBLE = 1e-5  # of the median variance, as in limma
 
@@ -118,8 +124,8 @@ class Spread:
     """Variance of AP from run to run of one norm.
 
     Attributes:
-        variance: in squared percent AP, of one run.
-        df: degrees of freedom with which it is known.
+        variance: Variance of one run, in squared percent AP.
+        df: Degrees of freedom of this estimate.
     """
 
     variance: float
@@ -131,8 +137,8 @@ class RunsNeeded:
     """Number of runs of each norm that detect an effect; None if no number up to MAX_SEEDS does.
 
     Attributes:
-        estimate: if the spread over seeds is what it seems to be.
-        low, high: if it is at the ends of its 95 % interval.
+        estimate: If the spread over seeds is as estimated.
+        low, high: If the spread is at the ends of its 95 % interval.
     """
 
     estimate: Optional[int]
@@ -142,21 +148,21 @@ class RunsNeeded:
 
 @dataclass(frozen=True)
 class Difference:
-    """Other minus baseline for one metric, in percent AP; NaN where it cannot be had.
+    """Other norm minus baseline for one metric, in percent AP; NaN for what cannot be calculated.
 
     Attributes:
-        delta: difference of the means over seeds.
-        images: variance of delta that image sampling adds and more runs do not reduce.
-        run_by_image: variance of delta that more images or more runs reduce.
-        seeds: variance of delta that training seeds add and more images do not reduce; NaN if a
+        delta: Difference of the means over seeds.
+        images: Variance of delta from image sampling, which more runs do not reduce.
+        run_by_image: Variance of delta that more images or more runs reduce.
+        seeds: Variance of delta from training seeds, which more images do not reduce; NaN if a
             norm has one run.
-        df: degrees of freedom of the sum of the three.
-        units: images, or clusters of images, that were drawn.
-        runs: of the baseline and of the other norm.
-        spread: from run to run, of one run, or half the variance of the differences of paired runs;
-            None if a norm has one run.
-        paired: whether runs with the same seed were paired.
-        comparisons: number of comparisons for which a simultaneous interval holds.
+        df: Degrees of freedom of the sum of the three.
+        units: Number of images, or of clusters of images, that were drawn.
+        runs: Number of runs of the baseline and of the other norm.
+        spread: Variance of one run from run to run, or half the variance of the differences of
+            paired runs; None if a norm has one run.
+        paired: Whether runs with the same seed were paired.
+        comparisons: Number of comparisons for which a simultaneous interval holds.
     """
 
     delta: float = math.nan
@@ -182,24 +188,24 @@ class Difference:
 
     @property
     def se_seeds(self) -> float:
-        """What training seeds add to se_images, in quadrature."""
+        """Standard error from training seeds; its square is added to that of ``se_images``."""
         return math.sqrt(self.seeds)
 
     def interval(
         self, confidence: float = CONFIDENCE, simultaneous: bool = False
     ) -> Optional[Interval]:
-        """The interval of the norms' difference; None if it cannot be had.
+        """The interval of the difference of the norms; None if there is none.
 
         Args:
-            confidence: of the interval, or of all simultaneous intervals together.
-            simultaneous: whether to correct for ``comparisons`` (Bonferroni).
+            confidence: Confidence of the interval, or of all simultaneous intervals together.
+            simultaneous: Whether to correct for ``comparisons`` (Bonferroni).
         """
         return self._around(self.se, self.df, confidence, simultaneous)
 
     def checkpoint_interval(
         self, confidence: float = CONFIDENCE, simultaneous: bool = False
     ) -> Optional[Interval]:
-        """As ``interval``, for these checkpoints on other images: says nothing about the norms."""
+        """As ``interval``, for these checkpoints on other images; it does not cover the seeds."""
         return self._around(self.se_images, self.units - 1, confidence, simultaneous)
 
     def _around(self, se, df, confidence, simultaneous) -> Optional[Interval]:
@@ -227,18 +233,18 @@ class Difference:
 
     @property
     def p_adjusted(self) -> float:
-        """p by Bonferroni: below 0.05 exactly where the simultaneous 95 % interval excludes 0."""
+        """p corrected by Bonferroni: below 0.05 if the simultaneous 95 % interval excludes 0."""
         return self.p if math.isnan(self.p) else min(1.0, self.p * self.comparisons)
 
     def verdict(self, margin: float = MARGIN, alpha: float = 1 - CONFIDENCE) -> Verdict:
-        """What the simultaneous intervals say.
+        """The verdict that follows from the simultaneous intervals.
 
-        Better or worse: 0 is outside of the 1 - ``alpha`` interval. Practically the same: the
+        Better or worse: 0 is outside the 1 - ``alpha`` interval. Practically the same: the
         1 - 2 ``alpha`` interval lies within +-``margin`` (two one-sided tests).
 
         Args:
-            margin: in percent AP.
-            alpha: chance of any false verdict among the ``comparisons``.
+            margin: In percent AP.
+            alpha: Probability of any false verdict among the ``comparisons``.
         """
         ends = self.interval(1 - alpha, simultaneous=True)
         if ends is None:
@@ -251,7 +257,7 @@ class Difference:
         return Verdict.SAME if -margin < low and high < margin else Verdict.UNDECIDED
 
     def runs_needed(self, effect: float = EFFECT) -> Optional[RunsNeeded]:
-        """Number of runs of each norm that detect ``effect`` on as many images.
+        """Number of runs of each norm that detect ``effect`` on the same number of images.
 
         None if the spread over seeds is unknown.
         """
@@ -259,7 +265,7 @@ class Difference:
             return None
         variance, df = self.spread.variance, self.spread.df
         image_se = math.sqrt(self.images)
-        # The variance's own interval: df s^2 / sigma^2 is chi-square.
+        # The 95 % interval of the variance: df s^2 / sigma^2 has a chi-square distribution.
         tails = (1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2
         ends = [variance * df / special.chdtri(df, tail) for tail in tails]
         estimate, low, high = (
@@ -271,7 +277,7 @@ class Difference:
         """Expected half-length of the simultaneous 95 % interval with more data.
 
         Args:
-            more_runs, more_images: factors; 1 for the present number.
+            more_runs, more_images: Factors; 1 for the present number.
         """
         if self.spread is None or self.se == 0:
             return math.nan
@@ -312,17 +318,18 @@ def half_samples(
     """Random halves of the images, the same for every run.
 
     Args:
-        image_ids: of the whole data set.
-        resamples: number of halves.
-        seed: of the draw.
-        clusters: what each image belongs to, such as its video; half of the clusters, rounded
-            down, are then drawn as a whole. None: each image is a cluster.
+        image_ids: Ids of all images of the data set.
+        resamples: Number of halves.
+        seed: Seed of the random choice.
+        clusters: The cluster that each image belongs to, such as its video. Half of the clusters,
+            rounded down, are then drawn as a whole. None: each image is a cluster.
 
     Returns:
         ``resamples`` sorted lists of ids.
 
     Raises:
-        UserError: with fewer than 2 resamples, images or clusters there is no spread to measure.
+        UserError: If there are fewer than 2 resamples, images or clusters, from which no spread can
+            be measured.
     """
     if resamples < 2:
         raise UserError(f"--resamples {resamples}: at least 2 are needed to measure a spread")
@@ -355,12 +362,12 @@ def shared_spreads(
 
     Args:
         ap: name -> float64 (k,), AP of each run of a norm under a condition.
-        pairs: names of a baseline and the norm compared with it.
-        paired: for each pair, whether runs at the same position have the same seed and are paired;
-            None: no runs are.
+        pairs: Names of a baseline and the norm compared with it.
+        paired: For each pair, whether runs at the same position have the same seed and are paired;
+            None: no runs are paired.
 
     Returns:
-        a spread a pair; None where the two have unequal numbers of runs, one run, or no AP.
+        One spread per pair; None where the two have unequal numbers of runs, one run, or no AP.
     """
     paired = [False] * len(pairs) if paired is None else paired
     found = [_pooled(ap[a], ap[b], together) for (a, b), together in zip(pairs, paired)]
@@ -371,7 +378,7 @@ def shared_spreads(
 
 
 def _pooled(base: np.ndarray, other: np.ndarray, paired: bool = False) -> Optional[Spread]:
-    """The spread of two norms with equally many runs, (k,) float64 each; None for other norms."""
+    """The spread of two norms with the same number of runs, (k,) float64; else None."""
     k = len(base)
     if k < 2 or k != len(other) or not np.isfinite([base, other]).all():
         return None
@@ -381,15 +388,15 @@ def _pooled(base: np.ndarray, other: np.ndarray, paired: bool = False) -> Option
 
 
 def moderated(spreads: Sequence[Spread], total_df: float) -> List[Spread]:
-    """Spreads that learn from their common distribution (Smyth 2004, limma's squeezeVar).
+    """Spreads combined with their common distribution (Smyth 2004, limma's squeezeVar).
 
-    None is lowered. Fewer than three that are above 0 are returned as they are.
+    No variance is lowered. If fewer than three are above 0, all are returned unchanged.
 
     Args:
-        spreads: independent or nearly so, as of the comparisons in a report.
-        total_df: degrees of freedom of all runs behind them, each run counted once.
+        spreads: Spreads that are independent or nearly so, such as those of a report's comparisons.
+        total_df: Degrees of freedom of all runs behind them, each run counted once.
     """
-    # A norm that failed in the same way in all runs is not typical, and 0 has no logarithm.
+    # Not fitted are variances near 0, as of a norm that failed in the same way in all runs.
     typical = np.median([s.variance for s in spreads]) if spreads else 0.0
     fitted = [s for s in spreads if s.variance > _NEGLIGIBLE * typical]
     if len(fitted) < _MODERATED_FROM:
@@ -433,10 +440,11 @@ def difference(
     Args:
         base, other: float64 (k,), AP of each run on all images, in percent.
         base_replicates, other_replicates: float64 (k, resamples), the same on each half sample.
-        units: images of the data set, or clusters of images if these were drawn.
-        spread: of the runs of both norms, moderated over a report; None: from these runs alone.
-        comparisons: number of comparisons that are reported together.
-        paired: whether runs at the same position have the same seed and are paired.
+        units: Number of images of the data set, or of clusters if these were drawn.
+        spread: Spread of the runs of both norms, moderated over a report; None: it is calculated
+            from these runs alone.
+        comparisons: Number of comparisons that are reported together.
+        paired: Whether runs at the same position have the same seed and are paired.
     """
     delta = float(other.mean() - base.mean())
     runs = len(base), len(other)
@@ -447,7 +455,7 @@ def difference(
     }  # fmt: skip
     if _same_runs(base, base_replicates, other, other_replicates):
         return Difference(images=0.0, run_by_image=0.0, seeds=0.0, df=math.inf, **known)
-    # A half without a single object of the metric's size says nothing about it.
+    # A half without any object of the metric's size has no AP and is left out.
     measured = np.isfinite(base_replicates).all(0) & np.isfinite(other_replicates).all(0)
     a, b = base_replicates[:, measured], other_replicates[:, measured]
     if a.shape[1] < 2:
@@ -459,7 +467,7 @@ def difference(
         return Difference(images=images, run_by_image=0.0, **known)
 
     shares = [1 / k for k in runs]
-    # The variance of a difference of paired runs is that of two runs.
+    # A difference of paired runs has the variance of two runs.
     by_run = (
         [_run_by_image(b - a, scale) / 2] if paired else [_run_by_image(r, scale) for r in (a, b)]
     )
@@ -485,7 +493,7 @@ def difference(
 
 
 def _same_runs(base, base_replicates, other, other_replicates) -> bool:
-    """Whether both norms stand for the same results, in any order."""
+    """Whether both norms have the same results, in any order."""
     rows = [
         sorted(row.tobytes() for row in np.column_stack([ap, replicates]))
         for ap, replicates in ((base, base_replicates), (other, other_replicates))
@@ -500,7 +508,7 @@ def _run_by_image(replicates: np.ndarray, scale: float) -> float:
 
 
 def _df(terms: Sequence[Tuple[float, float]]) -> float:
-    """Degrees of freedom of a sum of variances v_i: the mean of their d_i, harmonic, by weight."""
+    """Degrees of freedom of a sum of variances v_i: harmonic mean of the d_i, weighted by v_i."""
     total = sum(v for v, _ in terms)
     return total / sum(v / d for v, d in terms) if total > 0 else math.inf
 
@@ -508,17 +516,19 @@ def _df(terms: Sequence[Tuple[float, float]]) -> float:
 def seeds_needed(
     spread: float, effect: float = EFFECT, image_se: float = 0.0, paired: bool = False
 ) -> Optional[int]:
-    """Number of runs of each norm for which the interval at 95 % finds ``effect`` with 80 % power.
+    """Number of runs of each norm for which the 95 % interval finds ``effect`` with 80 % power.
 
     Args:
-        spread: standard deviation of AP over seeds, of one run.
-        effect: true difference, in the same unit.
-        image_se: standard error of the difference that image sampling alone leaves, however many
-            the runs; 0 asks about these very images.
-        paired: whether runs are paired; ``spread`` is then that of a difference, by sqrt(2).
+        spread: Standard deviation of AP over seeds, of one run.
+        effect: True difference, in the same unit.
+        image_se: Standard error of the difference from image sampling, which more runs do not
+            reduce; 0 for a statement about these images only.
+        paired: Whether runs are paired; ``spread`` is then that of a difference, divided by
+            sqrt(2).
 
     Returns:
-        at least 2; None if no number up to MAX_SEEDS will do, for instance because images limit.
+        At least 2; None if no number up to MAX_SEEDS suffices, for example because there are too
+        few images.
     """
 
     def power(k: int) -> float:

@@ -21,7 +21,7 @@ __all__ = ["ClassifierRun", "TEST", "TRAIN", "figure", "find_classifier_runs", "
 TRAIN, TEST = "train/top1_error", "classification/top1_error"
 TOP5 = {TRAIN: "train/top5_error", TEST: "classification/top5_error"}
 _TITLES = {TRAIN: "training images", TEST: "test images"}
-_WINDOW = 100  # steps that a point of a training curve is the mean of
+_WINDOW = 100  # number of steps over which a point of a training curve is the mean
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class ClassifierRun:
     """One training run of a classifier.
 
     Attributes:
-        norm: its name, "none" for a network without.
-        max_iter: steps of the whole training.
+        norm: Name of the norm; "none" for a network without a norm.
+        max_iter: Number of steps of the whole training.
         curves: key of metrics.json -> (n, 2) float64, steps taken and error in percent.
     """
 
@@ -44,7 +44,8 @@ def find_classifier_runs(folders: Sequence[Path]) -> Dict[str, List[ClassifierRu
     """The runs in and below ``folders``, by norm, in the order in which norms first appear.
 
     Raises:
-        UserError: there is none, one is damaged, or they differ in network, schedule or data.
+        UserError: If there are no runs, if one is damaged, or if they differ in network, schedule
+            or data.
     """
     files = [f for folder in folders for f in sorted(folder.rglob("config.yaml"))]
     if not files:
@@ -100,11 +101,11 @@ def _curves(path: Path, max_iter: int) -> Dict[str, np.ndarray]:
 
 
 def _smooth(curve: np.ndarray, key: str) -> np.ndarray:
-    """A training curve as means of _WINDOW steps; the points of others are means of all images."""
+    """Averages a training curve over _WINDOW steps; points of test curves are means already."""
     if key != TRAIN or len(curve) < 2:
         return curve
     size = max(1, round(_WINDOW / np.median(np.diff(curve[:, 0]))))
-    # Rounded, lest a mean of 2 be above 2.
+    # Rounded, because the mean of equal numbers can be slightly larger than the numbers.
     mean = np.round(np.convolve(curve[:, 1], np.ones(size) / size, "valid"), 9)
     return np.column_stack([curve[size - 1 :, 0], mean])
 
@@ -134,7 +135,7 @@ def _spread(values: Sequence[float], digits: int) -> str:
 
     if any(math.isnan(v) for v in values):
         return "–"
-    # The middle of an even number may lie between a number and infinity.
+    # With an even number of values, the median may lie between a number and infinity.
     ordered = sorted(values)
     low, high = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
     median = text((low + high) / 2)
@@ -146,7 +147,7 @@ def _spread(values: Sequence[float], digits: int) -> str:
 def rows(
     groups: Dict[str, List[ClassifierRun]], accuracies: Sequence[float]
 ) -> Tuple[List[str], List[List[str]]]:
-    """The table: its header, and a row a norm with median and range over its runs."""
+    """The table: its header, and one row per norm with median and range over its runs."""
     keys = [k for k in TOP5 if any(len(r.curves[k]) for g in groups.values() for r in g)]
     short = {TRAIN: "train", TEST: "test"}
     header = ["norm", "runs"]
@@ -164,9 +165,10 @@ def rows(
 
 
 def figure(groups: Dict[str, List[ClassifierRun]], accuracies: Sequence[float]) -> Figure:
-    """Median over seeds of the accuracy, and as a band their range; a panel for training and test.
+    """Median over seeds of the accuracy, with their range as a band; panels for training and test.
 
-    The accuracy's distance from 100 % is on a log scale: late differences show as early ones do.
+    The axis is the logarithm of the distance from 100 %, so that differences late in training are
+    as visible as early ones.
     """
     keys = [
         k for k in (TRAIN, TEST) if any(len(r.curves[k]) > 1 for g in groups.values() for r in g)
@@ -182,7 +184,7 @@ def figure(groups: Dict[str, List[ClassifierRun]], accuracies: Sequence[float]) 
                     continue
                 steps = sorted(set.intersection(*(set(c[:, 0]) for c in curves)))
                 errors = np.array([c[np.isin(c[:, 0], steps), 1] for c in curves])
-                errors = np.maximum(errors, 0.01)  # none at all is off a log scale
+                errors = np.maximum(errors, 0.01)  # 0 cannot be shown on a log scale
                 lowest = min(lowest, errors.min())
                 style = {"color": COLORS[k % len(COLORS)]}
                 ax.fill_between(steps, errors.min(0), errors.max(0), alpha=0.2, lw=0, **style)

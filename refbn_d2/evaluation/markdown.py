@@ -1,4 +1,4 @@
-"""report.md: the layout of the paper's Table 3 with a difference and its interval a norm."""
+"""report.md: a table like the paper's Table 3, with differences and their intervals."""
 
 import re
 from typing import List, Sequence
@@ -22,7 +22,7 @@ from .text import (
 
 __all__ = ["markdown"]
 
-# What would begin HTML or markup inside of a line, and at its beginning.
+# What begins HTML or markup inside a line, and at the beginning of a line.
 _MARKUP = re.compile(r"[\\`*|$~]|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[:])|^[-+#](?=[\s#])|^>")
 _NUMBERED = re.compile(r"^(\d+)(?=[.)]\s)")
 _HTML = re.compile(r"<(?=[A-Za-z!/?])|&(?=#?\w)")
@@ -32,8 +32,8 @@ def markdown(comparison: Comparison, notes: Sequence[str] = ()) -> str:
     """The report as Markdown.
 
     Args:
-        comparison: of ``comparison.compare``.
-        notes: sentences on what the report could not show.
+        comparison: Result of ``comparison.compare``.
+        notes: Sentences about what the report could not show.
     """
     sections = [f"# {_plain(comparison.baseline)} against other norms", _bullets(comparison)]
     sections.append(_table(comparison))
@@ -55,7 +55,7 @@ def markdown(comparison: Comparison, notes: Sequence[str] = ()) -> str:
 
 
 def _plain(text: str) -> str:
-    """``text`` as Markdown that shows it as it is, whatever markup a name in it resembles."""
+    """Markdown that shows ``text`` unchanged, even if a name in it looks like markup."""
     text = _MARKUP.sub(lambda m: f"\\{m[0]}", printable(text))
     text = _NUMBERED.sub(r"\1\\", text)
     return _HTML.sub(lambda m: {"<": "&lt;", "&": "&amp;"}[m[0]], text)

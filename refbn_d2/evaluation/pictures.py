@@ -24,8 +24,8 @@ from .text import TITLES
 __all__ = ["differing_images", "draw", "pictures"]
 
 _PER_DIRECTION = 3
-_HEIGHT, _DPI = 400, 110  # pixels of a panel in the report, and of an inch in it
-# A category keeps its colour in all panels. Bright, for photographs.
+_HEIGHT, _DPI = 400, 110  # height of a panel in pixels, and pixels per inch
+# A category has the same colour in all panels. Bright colours are visible on photographs.
 _COLORS = ["#ff5a4f", "#3fa7ff", "#ffb000", "#2ecc71", "#e26bff", "#00d1c7", "#ff8ad1", "#c6e000"]
 
 
@@ -35,14 +35,14 @@ def pictures(
     """The pictures of a report.
 
     Args:
-        comparison: whose norms are compared.
-        images: folder of the data set's images; None: the one that the run folders name, if any.
+        comparison: The comparison of the norms.
+        images: Folder of the data set's images; None: the one that the run folders name, if any.
 
     Returns:
-        {"title", "images": as of ``draw``} of each norm, and one sentence on each image that cannot
-        be drawn.
+        For each norm {"title", "images": result of ``draw``}, and one sentence on each image that
+        cannot be drawn.
     """
-    iou_type = comparison.iou_types[-1]  # masks say more than boxes, where there are some
+    iou_type = comparison.iou_types[-1]  # masks show more than boxes, if there are masks
     found = []
     notes: List[str] = []
     for group in comparison.clearest():
@@ -62,10 +62,13 @@ def pictures(
 
 
 def differing_images(base: NormRuns, other: NormRuns, iou_type: str) -> List[Tuple[int, float]]:
-    """(image id, difference of its AP at IoU 0.5 in percent), the most differing ones.
+    """The images on which two norms differ most.
 
-    As many for the other norm as for the baseline, so that the choice itself takes no side; AP of
-    an image is the mean over seeds.
+    As many images favour the other norm as the baseline, as far as there are such images, so that
+    the choice does not favour either. AP of an image is the mean over seeds.
+
+    Returns:
+        (image id, difference of its AP at IoU 0.5 in percent) of each image.
     """
     a, b = (_image_means(g.scores[iou_type]) for g in (base, other))
     delta = {key: 100 * (b.get(key, 0.0) - a.get(key, 0.0)) for key in a.keys() | b.keys()}
@@ -85,12 +88,13 @@ def draw(
 ) -> Tuple[List[Dict[str, Any]], List[str]]:
     """Draws the images of ``differing_images`` that are in ``folder``.
 
-    A norm is shown by that of its runs whose AP on the image is nearest their mean, and by as many
-    of the best-scored detections as there are objects: like AP, that asks for no threshold.
+    For each norm, the run is shown whose AP on the image is nearest to the mean over its runs. As
+    many of its best-scored detections are drawn as there are objects. Like AP, this needs no score
+    threshold.
 
     Returns:
-        {"id", "delta", "panels": [(title, data URI)]} of each image drawn, and one sentence on each
-        image that cannot be drawn.
+        For each image drawn {"id", "delta", "panels": [(title, data URI)]}, and one sentence on
+        each image that cannot be drawn.
     """
     chosen = dict(differing_images(base, other, iou_type))
     pixels, notes = {}, []
@@ -148,7 +152,7 @@ def _panel(gt: GroundTruth, rgb: np.ndarray, entries: List[Dict[str, Any]], iou_
     """One picture with its objects, as a data URI of a JPEG."""
     height, width = rgb.shape[:2]
     order = {key: n for n, key in enumerate(gt.categories)}
-    # A name is text, not TeX; one in a script that the font lacks is no reason for a warning.
+    # A name is text, not TeX. Characters that the font lacks should not cause a warning.
     with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")
         figure = Figure(figsize=(_HEIGHT * width / height / _DPI, _HEIGHT / _DPI), dpi=_DPI)
@@ -160,12 +164,12 @@ def _panel(gt: GroundTruth, rgb: np.ndarray, entries: List[Dict[str, Any]], iou_
             if iou_type == "segm":
                 shape = np.pad(
                     gt.coco.ann_to_mask(_mask_fields(entry)), 1
-                )  # a mask at the image's edge is outlined there, too
+                )  # also draws the outline of a mask along the edge of the image
                 at = np.arange(-0.5, width + 1), np.arange(-0.5, height + 1)
                 ax.contourf(*at, shape, levels=[0.5, 1.5], colors=[color], alpha=0.4)
                 ax.contour(*at, shape, levels=[0.5], colors=[color], linewidths=1)
             ax.add_patch(Rectangle((x, y), w, h, fill=False, edgecolor=color, linewidth=1.2))
-        # Names last: no mask covers them.
+        # Names are drawn last, so that no mask covers them.
         for entry in entries:
             x, y, *_ = _box(entry, gt)
             color = _COLORS[order[entry["category_id"]] % len(_COLORS)]
@@ -180,7 +184,7 @@ def _panel(gt: GroundTruth, rgb: np.ndarray, entries: List[Dict[str, Any]], iou_
 
 
 def _box(entry: Dict[str, Any], gt: GroundTruth) -> List[float]:
-    """x, y, width, height in pixels; of the mask, where a detection has no box."""
+    """x, y, width, height in pixels; for a detection without a box, those of its mask."""
     return entry.get("bbox") or mask_util.toBbox(gt.coco.ann_to_rle(_mask_fields(entry))).tolist()
 
 

@@ -1,6 +1,6 @@
-"""The report's figures as inline SVG that follows the page's text colour.
+"""The report's figures as inline SVG, with the text colour of the page.
 
-Series differ by marker and line style as well as by colour, so a figure survives grey printing.
+Series differ by marker and line style as well as by colour, so they are distinct in a grey print.
 """
 
 import io
@@ -20,18 +20,18 @@ from .text import TITLES
 
 __all__ = ["ap_by_condition", "ap_per_seed", "legend", "precision_recall", "training_curves"]
 
-_INK = "#010203"  # stands for the page's text colour until the SVG is written
+_INK = "#010203"  # replaced by the page's text colour when the SVG is written
 _WIDTH = 5.2  # inches; the SVG scales with the page
-# Light enough for a dark page and dark enough for a light one.
+# These colours are visible on a dark page and on a light one.
 COLORS = ["#8c8c8c", "#2f86d6", "#d9772b", "#2a9d6f", "#b65fc2", "#b08d12", "#cf4f5f", "#5f77d8"]
 MARKERS = "osD^vPX*"
 LINES = ["-", "--", "-.", ":"]
-# The same in the page's own legend.
+# The same markers and lines in the legend of the page.
 _GLYPHS = dict(zip(MARKERS, "●■◆▲▼✚✖★"))
 _DASHES = dict(zip(LINES, ("none", "6 3", "6 3 1.5 3", "1.5 2.5")))
 _RC = {
-    "text.parse_math": False,  # a "$" in a name is a "$"
-    "svg.fonttype": "none",  # text stays text: small, searchable, in the page's colour
+    "text.parse_math": False,  # a "$" in a name does not begin a formula
+    "svg.fonttype": "none",  # text remains text: small files, searchable, in the page's colour
     "font.family": "sans-serif",
     "font.size": 10.5,
     "axes.spines.top": False,
@@ -54,7 +54,7 @@ def _figure(height: float, width_ratios: Sequence[int] = (1,)):
 
 def _svg(figure: Figure, title: str) -> str:
     title, buffer = printable(title), io.StringIO()
-    # A salt of its own keeps the ids of a page's figures apart; no date: the same bytes again.
+    # A separate salt makes ids unique within a page. Without a date the output is reproducible.
     with matplotlib.rc_context({"svg.hashsalt": title}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue().replace(_INK, "currentColor")
@@ -85,7 +85,7 @@ def _name(text: str) -> str:
 
 
 def legend(comparison: Comparison) -> List[Dict[str, str]]:
-    """How each norm is drawn in all figures: {"name", "color", "marker", "dash"}."""
+    """The style of each norm in all figures: {"name", "color", "marker", "dash"}."""
     return [
         {"name": name, "color": color, "marker": _GLYPHS[marker], "dash": _DASHES[line]}
         for name, (color, marker, line) in _styles(comparison).items()
@@ -132,7 +132,7 @@ def training_curves(comparison: Comparison, groups: Sequence[NormRuns]) -> List[
     logs = [(g.name, [training_log(run.log) for run in g.runs if run.log]) for g in groups]
     figures = []
     for key, title in (("total_loss", "loss"), ("bbox/AP", "box AP"), ("segm/AP", "mask AP")):
-        # A run that is evaluated once, at the end, has no curve.
+        # A run that is evaluated only once, at the end, has no curve.
         curves = [(name, [log[key] for log in found if len(log[key]) > 1]) for name, found in logs]
         curves = [(name, _together(runs)) for name, runs in curves if runs]
         if not curves:
@@ -150,7 +150,7 @@ def training_curves(comparison: Comparison, groups: Sequence[NormRuns]) -> List[
 
 
 def _together(runs: Sequence[List[List[float]]]) -> Tuple[np.ndarray, np.ndarray]:
-    """Curves of several runs at the steps of the first, as far as all of them go.
+    """Curves of several runs at the steps of the first run, up to the end of the shortest.
 
     Returns:
         float64 (n,) and (runs, n).
@@ -163,7 +163,7 @@ def _together(runs: Sequence[List[List[float]]]) -> Tuple[np.ndarray, np.ndarray
 
 @_drawn
 def ap_by_condition(comparison: Comparison, iou_type: str) -> List[str]:
-    """AP by images a batch and by grouping, where the runs differ in it."""
+    """AP by images per batch and by grouping, if the runs differ in these."""
     groups = list(comparison.groups.values())
     figures = []
     for axis, other, title in (

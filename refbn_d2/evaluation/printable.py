@@ -1,22 +1,22 @@
-"""Names that users give, as text that can be shown."""
+"""Makes names that users give safe to show."""
 
 from typing import Optional
 
 __all__ = ["printable"]
 
-# Not printable by itself, but part of names in Persian, in Indian scripts and of emoji.
+# Not printable by itself, but part of words in Persian and in Indian scripts, and of emoji.
 _JOINERS = "\u200c\u200d"
 
 
 def printable(text: str, limit: Optional[int] = None) -> str:
-    """``text`` on one line, each character of it one that can be seen, encoded and drawn.
+    """``text`` on one line, with only characters that can be seen, encoded and drawn.
 
-    Control characters, lone surrogates and marks that turn the direction of writing become escapes
-    such as ``\\x1b``; white space becomes a blank.
+    Control characters, lone surrogates and marks that change the direction of writing become
+    escapes such as ``\\x1b``; white space becomes a blank.
 
     Args:
-        text: anything, for example the name of a norm or a category.
-        limit: characters at most; a longer text loses its middle.
+        text: Any text, for example the name of a norm or a category.
+        limit: Maximum number of characters; the middle of a longer text is left out.
     """
     shown = "".join(map(_shown, text))
     if limit is not None and len(shown) > limit:

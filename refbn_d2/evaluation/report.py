@@ -22,15 +22,15 @@ from .text import model_text
 
 __all__ = ["as_json", "check_output", "write_report"]
 
-_PREFIX = ".report-"  # of the folder in which a report is made
+_PREFIX = ".report-"  # of the name of the temporary folder in which a report is made
 
 
 def as_json(comparison: Comparison, notes: Sequence[str] = ()) -> Dict[str, Any]:
     """The content of report.json; AP in percent, None where there is nothing to measure.
 
     Args:
-        comparison: of ``comparison.compare``.
-        notes: sentences on what the report could not show.
+        comparison: Result of ``comparison.compare``.
+        notes: Sentences about what the report could not show.
     """
     gt = comparison.gt
     content = {
@@ -108,15 +108,15 @@ def check_output(folder: Path) -> None:
 def write_report(comparison: Comparison, folder: Path, images: Optional[Path] = None) -> List[Path]:
     """Writes the three files.
 
-    They are made under other names first and renamed when all are complete.
+    They are first written under other names, and renamed when all are complete.
 
     Args:
-        comparison: of ``comparison.compare``.
-        folder: made if needed; older reports in it are replaced.
-        images: folder of the data set's images, to draw some of them.
+        comparison: Result of ``comparison.compare``.
+        folder: Folder for the report, created if needed; an older report in it is replaced.
+        images: Folder of the data set's images, to draw some of them.
 
     Returns:
-        the files.
+        Paths of the files.
     """
     drawn, notes = pictures(comparison, images)
     content = as_json(comparison, notes)
@@ -126,7 +126,7 @@ def write_report(comparison: Comparison, folder: Path, images: Optional[Path] = 
         "report.html": html(comparison, notes, drawn),
     }
     with folder_lock(folder):
-        for leftover in folder.glob(f"{_PREFIX}*"):  # of a process that was killed
+        for leftover in folder.glob(f"{_PREFIX}*"):  # left by a process that was killed
             shutil.rmtree(leftover)
         _write(texts, folder)
     return [folder / name for name in texts]

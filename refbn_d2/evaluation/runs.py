@@ -64,7 +64,7 @@ def named_results(arguments: Sequence[str]) -> List[Run]:
         arguments: Arguments of --results.
 
     Raises:
-        UserError: for a malformed argument, a repeated name, or one file given as two seeds.
+        UserError: For a malformed argument, a repeated name, or one file given as two seeds.
     """
     runs: List[Run] = []
     for argument in arguments:

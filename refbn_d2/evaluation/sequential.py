@@ -1,10 +1,11 @@
-"""When to stop adding training runs: looks fixed beforehand, the error spent over them.
+"""Decides when to stop adding training runs.
 
-Who looks after every run and stops at the first p < 0.05 finds a difference in far more than 5 % of
-comparisons without one. Here the numbers of runs a norm at which one looks are fixed before the
-first run, and the chance of a false verdict is spent over them: up to k of at most K runs a norm
-0.05 (k / K)^2 in all (Lan and DeMets 1983). Each look may err by what it adds to this sum, so that
-all looks together err by 5 % at most, however their data depend on each other.
+Testing after every run and stopping at the first p < 0.05 finds a difference in far more than 5 %
+of comparisons without one. Here the numbers of runs per norm at which a test is made (the "looks")
+are fixed before the first run, and the 5 % probability of a false verdict is distributed over the
+looks. With at most K runs per norm, the looks up to k runs together have the error probability
+0.05 (k / K)^2 (Lan and DeMets 1983), and each look has what it adds to this sum. All looks together
+then err with a probability of at most 5 %, however their data depend on each other.
 """
 
 from dataclasses import dataclass
@@ -19,16 +20,16 @@ from .text import MARKS, TITLES, bounds, signed
 
 __all__ = ["Decision", "Plan", "Progress", "next_look", "review"]
 
-_FIRST_LOOK = 3  # runs a norm; two say hardly anything about their spread
+_FIRST_LOOK = 3  # runs per norm; two runs say hardly anything about their spread
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is fixed before the first run.
+    """The plan of an experiment, which is fixed before the first run.
 
     Attributes:
-        max_seeds: runs a norm at which the comparison ends, decided or not; at least 2.
-        margin: differences within +-margin of AP, in percent, are practically none.
+        max_seeds: Runs per norm at which the comparison ends, decided or not; at least 2.
+        margin: Differences of AP within +-margin, in percent, do not matter in practice.
     """
 
     max_seeds: int = 12
@@ -42,14 +43,14 @@ class Plan:
 
     @property
     def looks(self) -> Tuple[int, ...]:
-        """Number of runs of each norm at each look: half of the next look's, and at least 3."""
+        """Number of runs of each norm at each look: half of those at the next, and at least 3."""
         found = [self.max_seeds]
         while (found[0] + 1) // 2 >= _FIRST_LOOK and found[0] > _FIRST_LOOK:
             found.insert(0, (found[0] + 1) // 2)
         return tuple(found)
 
     def alpha(self, look: int) -> float:
-        """Chance of a false verdict that the look at ``look`` runs may add."""
+        """Probability of a false verdict that the look at ``look`` runs may add."""
 
         def spent(runs: int) -> float:
             return (1 - CONFIDENCE) * (runs / self.max_seeds) ** 2
@@ -60,7 +61,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Decision:
-    """A verdict and the runs a norm after which it was reached; it stays."""
+    """A verdict, which is final, and the number of runs per norm after which it was reached."""
 
     verdict: Verdict
     runs: int
@@ -73,10 +74,10 @@ class Progress:
     Attributes:
         decided: label of a comparison -> its decision.
         open: labels of the other comparisons.
-        wanted: runs that each norm of an open comparison, its baseline included, should have by the
-            next look; 0 if there is none, because all is decided or the last look is over.
-        runs_left: finished runs that are missing for the next look.
-        lines: a sentence a comparison.
+        wanted: Number of runs that each norm of an open comparison, and its baseline, should have
+            at the next look; 0 if there is none, because all is decided or the last look is over.
+        runs_left: Number of finished runs that are missing for the next look.
+        lines: One sentence per comparison.
     """
 
     decided: Dict[str, Decision]
@@ -103,20 +104,20 @@ def next_look(
     primary: Optional[str] = None,
     cluster: Optional[str] = None,
 ) -> Progress:
-    """What the runs so far decide, and how many more are wanted.
+    """What the runs so far decide, and how many more are necessary.
 
-    It remembers nothing: the same runs give the same answer, so an interrupted experiment goes on
-    with another call. Looks that have passed are computed again from the runs of that time, which
+    The function stores nothing: the same runs give the same answer, so an interrupted experiment
+    continues with another call. Earlier looks are computed again from the runs of that time, which
     are the ones with the lowest seeds.
 
     Args:
-        runs: finished or not; those of every norm and condition to compare, even before they ran.
-        gt_path, iou_types, baseline, resamples, seed, advance, primary, cluster: as of
+        runs: Runs of every norm and condition to compare, finished or not, even before they ran.
+        gt_path, iou_types, baseline, resamples, seed, advance, primary, cluster: As in
             ``comparison.compare``.
-        plan: the same at every call.
+        plan: The plan, the same in every call.
 
     Raises:
-        UserError: as ``comparison.compare``.
+        UserError: As in ``comparison.compare``.
     """
     planned = {(run.name, run.condition) for run in runs}
     finished = [run for run in runs if not run.error]
@@ -134,7 +135,7 @@ def next_look(
 
 
 def review(comparison: Comparison, plan: Plan) -> Progress:
-    """As ``next_look``, from runs that are scored already."""
+    """As ``next_look``, for runs that are already scored."""
     decided: Dict[str, Decision] = {}
     undecided = list(comparison.differences)
     lines: Dict[str, str] = {}
@@ -156,7 +157,7 @@ def review(comparison: Comparison, plan: Plan) -> Progress:
 
 
 def _missing(comparison: Comparison, labels: Sequence[str], look: int) -> int:
-    """Runs that the norms of the comparisons ``labels`` lack for the look at ``look`` runs."""
+    """Number of runs missing for the look at ``look`` runs in the comparisons ``labels``."""
     groups = {name for k in labels for name in (k, comparison.groups[k].baseline)}
     return sum(max(look - len(comparison.groups[name].runs), 0) for name in groups)
 

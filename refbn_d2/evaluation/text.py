@@ -14,9 +14,9 @@ __all__ = [
 
 TITLES = {"bbox": "box", "segm": "mask"}
 MARKS = {Verdict.BETTER: "▲", Verdict.WORSE: "▼", Verdict.SAME: "≈", Verdict.UNDECIDED: "?"}
-# Fields of COCO images that may name what was drawn as a whole.
+# Fields of COCO images that may name the cluster of an image.
 CLUSTER_FIELDS = ("video", "camera", "site", "group")
-# Table 3 of the paper (SPEC: Luo et al. 2020): AP, AP50, AP75 of boxes, then of masks.
+# Table 3 of the paper (Luo et al. 2020): AP, AP50, AP75 of boxes, then of masks.
 PAPER_TABLE = {
     "BN": (36.5, 56.8, 40.6, 32.4, 53.3, 34.3),
     "RefBN": (37.0, 56.8, 41.2, 32.5, 53.0, 34.7),
@@ -33,7 +33,7 @@ def number(value: Optional[float]) -> str:
 
 
 def signed(value: Optional[float], digits: int = 2) -> str:
-    # A difference that rounds to zero has no sign to show.
+    # A difference that is rounded to zero is shown without a sign.
     if value is None or math.isnan(value):
         return "–"
     rounded = round(value, digits)
@@ -41,7 +41,7 @@ def signed(value: Optional[float], digits: int = 2) -> str:
 
 
 def interval(d: Difference) -> str:
-    """The simultaneous 95 % interval, the one that the verdict is read from."""
+    """The simultaneous 95 % interval, from which the verdict follows."""
     return bounds(d.interval(simultaneous=True))
 
 
@@ -61,7 +61,7 @@ def paper_applies(comparison: Comparison) -> bool:
 
 
 def verdicts(comparison: Comparison) -> List[Dict[str, str]]:
-    """One sentence a comparison on the primary AP: {"label", "verdict", "mark", "text"}."""
+    """One sentence per comparison on the primary AP: {"label", "verdict", "mark", "text"}."""
     return [
         {
             "label": label,
@@ -74,7 +74,7 @@ def verdicts(comparison: Comparison) -> List[Dict[str, str]]:
 
 
 def verdict_text(comparison: Comparison, label: str) -> str:
-    """What is known about ``label`` and its baseline, in a sentence or two."""
+    """The result for ``label`` and its baseline, in one or two sentences."""
     d, verdict = comparison.primary_difference(label), comparison.verdict(label)
     base, ap = comparison.baseline, f"{TITLES[comparison.primary]} AP"
     found = f"{signed(d.delta)} {interval(d)}".strip()
@@ -125,7 +125,7 @@ SEEDS_LEAD = (
 
 
 def seed_lines(comparison: Comparison) -> List[str]:
-    """The variance budget: one line a comparison, on the primary AP."""
+    """The parts of the variance: one line per comparison, on the primary AP."""
     return [
         f"{label} ({d.runs[1]} against {d.runs[0]} runs): {_budget(d, comparison)}"
         for label, d in ((k, comparison.primary_difference(k)) for k in comparison.differences)
