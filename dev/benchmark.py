@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""What a norm costs on this machine, in one interleaved run.
+"""Measures the time and memory of norms on this machine.
 
     dev/benchmark.py layers    single layers at the shapes of Mask R-CNN R50-C4 and ResNet-50
     dev/benchmark.py models    a training step and an inference of a detector with each norm
 
-Ratios are medians over rounds in which every norm ran once.
+The norms take turns: in each round every norm runs once. Ratios are medians over rounds.
 """
 
 import argparse
@@ -110,12 +110,13 @@ def _print_layers(title: str, results: list) -> None:
     Console(width=140).print(table)
 
 
-# Config, GN at its width, size of an image, and what makes the run free of files and of weights:
-# from random weights a FrozenBN network would diverge at a usual learning rate.
+# For each model: config, the type of GN that fits its width, size of an image.
 MODELS = {
     "quick": ("Quick/Base-mask_rcnn_R_50_C4_quick.yaml", "GN8", (128, 128)),
     "full": ("COCO-InstanceSegmentation/Base-live-1x.yaml", "GN", (800, 1216)),
 }
+# No files of weights are needed. From random weights a network with FrozenBN would diverge at a
+# usual learning rate, so the rate is tiny.
 MODEL_OPTS = ["MODEL.WEIGHTS", "", "SOLVER.BASE_LR", "1e-9", "MODEL.RESNETS.STRIDE_IN_1X1", "True"]
 
 

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""How many images a second the ImageNet loader gives on this machine.
+"""Measures how many images per second the ImageNet loader loads on this machine.
 
     dev/benchmark_loader.py datasets/coco/train2017 --workers 1 2
 
-PHOTOS is any folder of them; 200 are scaled to ImageNet's usual 500 pixels in a temporary folder.
+PHOTOS is any folder with photos. 200 of them are scaled to 500 pixels, which is usual in ImageNet,
+in a temporary folder.
 """
 
 import argparse
@@ -26,7 +27,7 @@ NUM_PHOTOS, NUM_IMAGES = 200, 20000
 
 
 def make_data_set(photos: Path, root: Path) -> float:
-    """Writes a data set of one class, many names for few files; returns their mean size in kB."""
+    """Writes a data set of one class, with many names for few files; returns mean size in kB."""
     folder = root / "train" / "photos"
     folder.mkdir(parents=True)
     files = sorted(photos.glob("*.jpg"))[:NUM_PHOTOS]
@@ -43,14 +44,14 @@ def make_data_set(photos: Path, root: Path) -> float:
 
 
 def throughput(num_workers: int, batch_size: int, batches: int):
-    """Images per second, and per second of this process's CPU."""
+    """Images per second, and images per second of CPU time of this process."""
     opts = ["DATALOADER.NUM_WORKERS", num_workers, "SOLVER.IMS_PER_BATCH", batch_size]
     opts += ["DATASETS.TRAIN", "('benchmark_train',)", "MODEL.CLASSIFIER.NUM_CLASSES", 1]
     cfg = load_config(
         get_config_file(CONFIG), [*map(str, opts), "SOLVER.AMP.ENABLED", "False", "SEED", "0"]
     )
     loader = iter(ClassificationTrainer.build_train_loader(cfg))
-    for _ in itertools.islice(loader, 1 + 2 * num_workers):  # workers have started and are ahead
+    for _ in itertools.islice(loader, 1 + 2 * num_workers):  # start the workers
         pass
     start, cpu = time.perf_counter(), time.process_time()
     for _ in itertools.islice(loader, batches):

@@ -1,21 +1,24 @@
 #!/usr/bin/env python3
-"""Simulates reports whose true differences are known, and counts how often the intervals of
-refbn_d2.evaluation cover them and how often its verdicts are false. Prints Markdown tables.
+"""Simulates reports whose true differences are known, and checks intervals and verdicts.
 
-The first tables come from a hierarchical normal model of AP (interval.py): a value an image is the
-norm's mean, what the seed did, what the image did to the norm and what it did to the run; "AP" is
-the mean over 200 images, and resamples are means over 200 random halves. Lengths are half-lengths
-relative to 1.96 true standard errors, the shortest that an interval with 95 % coverage can have.
-"first" is the formula of the first version: each norm's own spread, Satterthwaite's degrees of
-freedom, and a single run that borrows the spread of the other norm.
+It counts how often the intervals of refbn_d2.evaluation cover the true difference, and how often
+its verdicts are false, and prints the Markdown tables of docs/evaluation.md.
+
+The first tables come from a hierarchical normal model of AP (interval.py). Each image has a value:
+the sum of the norm's mean, an effect of the seed, an effect of the image on the norm, and an effect
+of the image on the run. "AP" is the mean over 200 images, and resamples are means over 200 random
+halves of the images. Lengths are half-lengths relative to 1.96 true standard errors, the shortest
+that an interval with 95 % coverage can have. "first" is the formula of the first version: each
+norm's own spread, Satterthwaite's degrees of freedom, and for a norm with a single run the spread
+of the other norm.
 
 The last table simulates detectors and runs COCO's evaluation on them:
 
 recall    every object is found with a probability that depends on the norm, the seed and the image,
           with a perfect box and without false positives. AP is then the recall on COCO's grid of
           101 points, so the true difference is 100 / 101 of the difference in probability.
-detector  objects differ in difficulty, scores are informative, boxes are off, false positives
-          are in between. The true difference is the mean over other simulated data sets.
+detector  objects differ in difficulty, scores depend on it, boxes are imprecise, and there are
+          false positives. The true difference is the mean over other simulated data sets.
 """
 
 import argparse
@@ -40,26 +43,26 @@ from refbn_d2.evaluation.interval import (
 from refbn_d2.evaluation.sequential import Plan
 
 IMAGES, RESAMPLES = 200, 200
-# Correlation of the images in one cluster, where images come in clusters.
+# Correlation of the images in one cluster, if images come in clusters.
 WITHIN_CLUSTER = 0.075
 
 
 @dataclass(frozen=True)
 class Report:
-    """What is simulated.
+    """The settings of one simulated report. SD is the standard deviation.
 
     Attributes:
-        name: of the row.
-        conditions: for each condition the norms, the baseline first: (runs, SD of AP over seeds).
-        images: standard error of a difference that image sampling alone leaves, in AP.
-        run_by_image: standard error of a run's AP that is the run's own on these images.
-        scatter: SD of log SD over conditions; conditions differ in their spread by it.
-        common: correlation of the norms' deviations at one seed.
-        cluster: images a cluster.
-        effect: true difference of each norm from its baseline.
-        paired: whether runs with a common seed are paired.
-        watch: condition whose comparisons are counted; None for all.
-        limit: whether the row breaks the model on purpose, to show what happens.
+        name: Name of the row.
+        conditions: For each condition the norms, the baseline first: (runs, SD of AP over seeds).
+        images: Standard error of a difference from image sampling alone, in AP.
+        run_by_image: Standard error of a run's AP from effects of these images on this run only.
+        scatter: SD over conditions of the logarithm of their SD over seeds.
+        common: Correlation of the norms' deviations for the same seed.
+        cluster: Number of images per cluster.
+        effect: True difference of each norm from its baseline.
+        paired: Whether runs with the same seed are paired.
+        watch: Condition whose comparisons are counted; None: all.
+        limit: Whether the row breaks an assumption of the model on purpose.
     """
 
     name: str
@@ -138,7 +141,7 @@ REPORTS = [
 
 @functools.lru_cache
 def halves(cluster: int) -> np.ndarray:
-    """(IMAGES, RESAMPLES), a half's images divided by their number, else 0."""
+    """Weights of each half's mean, (IMAGES, RESAMPLES): 1 / its size for its images, else 0."""
     clusters = (np.arange(IMAGES) // cluster).tolist()
     found = np.zeros((IMAGES, RESAMPLES))
     for n, half in enumerate(half_samples(range(IMAGES), RESAMPLES, 0, clusters)):
@@ -163,7 +166,8 @@ def draw(rng: np.random.Generator, report: Report) -> List[Tuple[List[Norm], Lis
     found = []
     count = IMAGES // report.cluster
     within = WITHIN_CLUSTER if report.cluster > 1 else 0.0
-    # So that the mean over images varies by half of images^2, for two norms make a difference.
+    # The mean over images of each norm then has the variance images^2 / 2, and a difference of two
+    # norms images^2.
     image_sd = report.images * np.sqrt(IMAGES / 2 / (1 + (report.cluster - 1) * within))
     for condition in report.conditions:
         factor = np.exp(rng.normal(0, report.scatter)) if report.scatter else 1.0
@@ -181,7 +185,7 @@ def draw(rng: np.random.Generator, report: Report) -> List[Tuple[List[Norm], Lis
             by_image = by_cluster if report.cluster == 1 else values @ halves(1)
             norms.append(Norm(values.mean(1), by_cluster, by_image))
             runs_of, sd_of = condition[0]
-            # What a common seed does to both norms cancels, if both spread alike.
+            # The effects of a common seed cancel if both norms have the same spread.
             both = report.common * (sd - sd_of) ** 2 * factor**2 / runs
             own_variances = (
                 ((1 - report.common) * (s * factor) ** 2 + report.run_by_image**2) / k
@@ -195,7 +199,7 @@ def draw(rng: np.random.Generator, report: Report) -> List[Tuple[List[Norm], Lis
 def compared(
     conditions: Sequence[Sequence[Norm]], units: int, paired: bool = False
 ) -> List[List[Difference]]:
-    """As evaluation/comparison.py does it, for each condition its differences."""
+    """The differences of each condition, calculated as in evaluation/comparison.py."""
     names = [[f"{c} {n}" for n in range(len(norms))] for c, norms in enumerate(conditions)]
     ap = {k: n.ap for keys, norms in zip(names, conditions) for k, n in zip(keys, norms)}
     pairs = [(keys[0], other) for keys in names for other in keys[1:]]
@@ -278,7 +282,7 @@ def print_coverage(repetitions: int) -> None:
 
 def looks(report: Report, plan: Plan, repetitions: int) -> Tuple[float, float, float, float]:
     """Shares of reports: any better or worse, any practically the same, first comparison better;
-    and the mean number of runs a norm at the end."""
+    and the mean number of runs per norm at the end."""
     rng = np.random.default_rng(1)
     ends = []
     for _ in range(repetitions):
@@ -304,7 +308,7 @@ def looks(report: Report, plan: Plan, repetitions: int) -> Tuple[float, float, f
 
 
 def looks_after_every_run(report: Report, last: int, repetitions: int) -> float:
-    """Share of false verdicts if one looks after every seed from 2 on and stops at p < 0.05."""
+    """Share of false verdicts with a test after every seed from 2 on that stops at p < 0.05."""
     rng = np.random.default_rng(1)
     false = 0
     for _ in range(repetitions):
@@ -363,7 +367,7 @@ def print_power(repetitions: int) -> None:
 
 CATEGORIES, SIDE = 3, 400
 TRUTH_SETS = 2000
-# kind of detector, runs a norm (baseline, other), standard deviation of its quality over seeds
+# kind of detector, runs of each norm (baseline, other), SD of its quality over seeds
 SCENARIOS = [
     ("recall", (2, 2), 0.02),
     ("recall", (5, 5), 0.02),
@@ -373,7 +377,7 @@ SCENARIOS = [
 
 
 def scene(rng: np.random.Generator) -> dict:
-    """Ground truth with 1 to 5 objects an image; "ease" is how easy each is to find."""
+    """Ground truth with 1 to 5 objects per image; "ease" is how easy each is to find."""
     images, annotations, ease = [], [], []
     for image in range(1, IMAGES + 1):
         images.append({"id": image, "height": SIDE, "width": SIDE, "file_name": f"{image}.png"})

@@ -3,8 +3,9 @@
 
     dev/detectors.py
 
-Prints the table of docs/detectors.md: capture of the reference, two steps, evaluation, checkpoint,
-resume with a third step. tests/test_detectors.py asserts the same.
+Prints the table of docs/detectors.md. For each place it captures the reference, trains two steps,
+evaluates, saves a checkpoint, and resumes for a third step. tests/test_detectors.py asserts the
+same.
 """
 
 import contextlib
@@ -27,13 +28,13 @@ def row(name: str, folder: Path) -> str:
     """Markdown rows of one detector, one for each place of a norm."""
     detector = detectors.DETECTORS[name]
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools' tables
+        with contextlib.redirect_stdout(io.StringIO()):  # hides the tables that pycocotools prints
             detectors.train(detector, folder, max_iter=2)
             model = detectors.train(detector, folder, max_iter=3, resume=True).model
         held = all(m.has_reference for m in reference_layers(model).values())
         works = "yes" if held else "no: a layer has no reference"
         counts = detectors.count_layers(model, detector)
-    except Exception as e:  # a row for each failure, whatever it is
+    except Exception as e:  # any failure becomes a row of the table
         works, counts = f"no: {type(e).__name__}: {e}", dict.fromkeys(detector.places, 0)
     return "\n".join(f"| {name} | `{key}` | {n} | {works} |" for key, n in counts.items())
 

@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
-"""Everything that only a GPU can show about the norms, in one command of less than 8 minutes.
+"""Tests and measures the norms on a GPU, in less than 8 minutes.
 
     dev/gpu_check.py --output output/gpu-check      on a GPU (make gpu-check)
     dev/gpu_check.py --device cpu --quick           the same code at tiny sizes, without a GPU
 
-Correctness of the kernels, of activation checkpointing and of mixed precision against float64; time
-and memory of layers, of whole detectors and of the loader. Writes gpu_check.json and gpu_check.md.
-On a CPU the Triton kernels run under Triton's interpreter and times mean nothing.
+It compares the kernels, activation checkpointing and mixed precision with float64, and measures the
+time and memory of layers, of whole detectors and of the loader. It writes gpu_check.json and
+gpu_check.md. On a CPU the Triton kernels run under Triton's interpreter, and times mean nothing.
 
-Each part runs in a process of its own, so an illegal memory access or a hang in one does not touch
-the others. The exit status is 1 if a check of correctness fails or a part ends with an error; a
-missed target for time or memory is reported as a failure and does not change the exit status.
+Each part runs in a process of its own, so an illegal memory access or a hang in one part does not
+affect the others. The exit status is 1 if a check of correctness fails or a part ends with an
+error. A missed target for time or memory is reported as a failure but does not change the exit
+status.
 """
 
 import argparse
@@ -51,15 +52,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import oracle  # noqa: E402  (of the tests: the paper's equations)
 import tiny  # noqa: E402
 
-TIME_LIMIT = 240  # seconds for a part: one that hangs leaves time for the others
+TIME_LIMIT = 240  # seconds for a part, so that a part that hangs leaves time for the others
 
 
 class Settings(NamedTuple):
-    """What to run on.
+    """The device and the sizes.
 
     Attributes:
         device: "cuda" or "cpu".
-        quick: tiny sizes and few repetitions, whose times mean nothing.
+        quick: Whether to use tiny sizes and few repetitions, whose times mean nothing.
     """
 
     device: str
@@ -72,13 +73,13 @@ class Settings(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a part has found.
+    """The result of a part.
 
     Attributes:
-        passed: whether its check or its targets are met.
-        summary: a sentence.
-        rows: table for a reader, with the same keys in each row.
-        details: everything measured, for JSON.
+        passed: Whether its checks have passed and its targets are met.
+        summary: One sentence.
+        rows: Table for a reader, with the same keys in each row.
+        details: Everything that was measured, for JSON.
     """
 
     passed: bool
@@ -141,10 +142,10 @@ def _copy_bandwidth() -> float:
 
 # Correctness of the sets of kernels.
 
-# Largest error relative to the largest value. A result is rounded once to its dtype; vectors are
-# float32 for each of these dtypes.
+# Largest allowed error, relative to the largest value. A result is rounded once to its dtype;
+# vectors are float32 for each of these dtypes.
 TOLERANCE = {"float32": 5e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
-# Rows shorter and longer than a tile, channels that fill no tile, one value per channel.
+# Rows shorter and longer than a tile, too few channels for a tile, one value per channel.
 SHAPES = [(4, 3, 5, 7), (1, 3, 1, 1)]
 GPU_SHAPES = [(2, 33, 3, 3), (3, 33, 40, 30), (64, 128, 7, 7), (1, 256, 50, 76), (2, 64, 200, 304)]
 RESULTS = ("y", "mean", "var", "dx", "dweight", "dbias")
@@ -174,19 +175,19 @@ def triton_kernels() -> Kernels:
 
 
 def _whole(x: Tensor, reference: Sequence[Tensor], affine: Sequence[Tensor], g: Tensor):
-    """RefBN of a batch that is on one process: RESULTS."""
+    """The RESULTS of RefBN for a batch that is on one process."""
     y, mean, var = functional.ref_batch_norm(x, *reference, *affine)
     return (y, mean, var, *torch.autograd.grad(y, (x, *affine), g))
 
 
 def _pieces(x: Tensor, reference: Sequence[Tensor], affine: Sequence[Tensor], g: Tensor):
-    """The same with statistics calculated beforehand."""
+    """The same, with statistics that are calculated beforehand."""
     y, mean, var = functional.mixed_norm(x, functional.batch_statistics(x), *reference, *affine)
     return (y, mean, var, *torch.autograd.grad(y, (x, *affine), g))
 
 
 def _parts(x: Tensor, reference: Sequence[Tensor], affine: Sequence[Tensor], g: Tensor):
-    """SyncRefBN of three processes with one sample, the others and none, one after the other."""
+    """SyncRefBN of three simulated processes: with one sample, with the others, and with none."""
     sizes = [1, x.shape[0] - 1, 0]
     parts = [p.detach().requires_grad_() for p in x.split(sizes)]
     moments = Moments()
@@ -239,7 +240,7 @@ def check_kernels(sets: Sequence[Kernels], settings: Settings) -> Outcome:
 
 
 def _largest(values) -> float:
-    """The maximum; NaN, which max() may skip, is infinite."""
+    """The maximum; infinity if there is a NaN, which max() could skip."""
     return max(math.inf if math.isnan(v) else v for v in values)
 
 
@@ -269,14 +270,14 @@ def _inputs(shape, dtype: str, layout: str, device: str):
 
 
 def _wanted(x: Tensor, reference: Sequence[Tensor], affine: Sequence[Tensor], g: Tensor):
-    """RESULTS by the equations, in float64."""
+    """The RESULTS that follow from the equations, in float64."""
     exact = [t.detach().double().requires_grad_() for t in (x, *affine)]
     y, mean, var = oracle.ref_bn(exact[0], *(v.double() for v in reference), *exact[1:])
     return (y, mean, var, *oracle.gradients(y, g.double(), *exact))
 
 
 def _relative_errors(actual, wanted, g: Tensor) -> Dict[str, float]:
-    unit = float(g.abs().max())  # of gradients whose terms cancel
+    unit = float(g.abs().max())  # scale for gradients whose terms cancel
     return {
         name: oracle.relative_error(a, w, unit if name.startswith("d") else 0.0)
         for name, a, w in zip(RESULTS, actual, wanted)
@@ -292,12 +293,12 @@ def _errors(norm: Callable, shape, dtype: str, layout: str, device: str) -> Dict
         if result.dtype != wanted:
             errors[name] = math.inf
     if not actual[0].is_contiguous(memory_format=FORMATS[layout]):
-        errors["y"] = math.inf  # the next layer would have to copy it
+        errors["y"] = math.inf  # wrong, because the next layer would have to copy it
     return errors
 
 
 def _far_from_zero(kernels: Kernels, layout: str, device: str) -> Dict[str, Any]:
-    """Digits of the variance where the mean is 100 standard deviations away."""
+    """Error of the variance if the mean is 100 standard deviations from zero."""
     x = (torch.randn(3, 20, 20, 40) + 100).to(device).contiguous(memory_format=FORMATS[layout])
     wanted = oracle.moments(x.double(), 0, 2, 3)
     errors = [oracle.relative_error(a, w.flatten()) for a, w in zip(kernels.moments(x), wanted)]
@@ -306,7 +307,7 @@ def _far_from_zero(kernels: Kernels, layout: str, device: str) -> Dict[str, Any]
 
 
 def _many_elements(kernels: Kernels, layout: str, settings: Settings) -> Dict[str, Any]:
-    """Positions that int32 does not hold: 2^30 rows and 2^31 elements.
+    """Tests tensors that are too large for int32 indices: 2^30 rows and 2^31 elements.
 
     x and g repeat a tile, so statistics, outputs and gradients of x are those of the tile.
     """
@@ -316,7 +317,7 @@ def _many_elements(kernels: Kernels, layout: str, settings: Settings) -> Dict[st
         (1, 2, pixels, pixels), dtype, layout, settings.device
     )
     row = _row(kernels, case, dtype, layout, {})
-    # x, g, y, dx and copies of them in bfloat16; formulas make several float32 copies.
+    # Memory for x, g, y, dx and copies of them in bfloat16; formulas need several float32 copies.
     needed = (30 if isinstance(kernels, Formulas) else 10) * 4 * (pixels * repeats) ** 2
     if settings.device == "cuda" and torch.cuda.mem_get_info()[0] < needed:
         return {**row, "case": f"{case}: not run, needs {needed / 1e9:.0f} GB of free memory"}
@@ -332,11 +333,11 @@ def _many_elements(kernels: Kernels, layout: str, settings: Settings) -> Dict[st
             error = oracle.relative_error(band, of_tile.repeat(1, 1, 1, repeats))
             errors[name] = _largest((errors[name], error))
     errors["mean"] = oracle.relative_error(actual[1], wanted[1])
-    for k in (4, 5):  # sums over all repetitions
+    for k in (4, 5):  # these results are sums over all repetitions
         unit = float(tile_g.abs().max()) * repeats**2
         errors[RESULTS[k]] = oracle.relative_error(actual[k], wanted[k] * repeats**2, unit)
     row = _row(kernels, case, dtype, layout, errors)
-    # A wrong position is a large error; the digits of a sum of 2^30 terms are another matter.
+    # A wrong position gives a large error. The rounding of a sum of 2^30 terms is not tested.
     return {**row, "passed": _largest(errors.values()) <= TOLERANCE[dtype]}
 
 
@@ -346,7 +347,7 @@ TRAINING_TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 8e-2}
 
 
 def _network(name: str) -> nn.Sequential:
-    """Convolutions and norms, smooth, with statistics that make every term of a norm count."""
+    """A smooth network of convolutions and norms, in which every term of a norm has an effect."""
     norms = [NORM_TYPES[name].build(c) for c in (16, 8)]
     for norm in norms:
         channels = norm.num_features
@@ -356,13 +357,13 @@ def _network(name: str) -> nn.Sequential:
         else:
             norm.running_mean.copy_(statistics_[0])
             norm.running_var.copy_(statistics_[1])
-            norm.num_batches_tracked.fill_(10**6)  # BRN then corrects as much as it ever does
+            norm.num_batches_tracked.fill_(10**6)  # the step at which BRN's correction is largest
     convolutions = nn.Conv2d(3, 16, 3, bias=False), nn.Conv2d(16, 8, 3, bias=False)
     return nn.Sequential(convolutions[0], norms[0], nn.SiLU(), convolutions[1], norms[1])
 
 
 def _train(net: nn.Module, x: Tensor, g: Tensor, call: Callable) -> List[Tensor]:
-    """Output and gradients of x and of every parameter."""
+    """The output, and the gradients of x and of every parameter."""
     x = x.clone().requires_grad_()
     y = call(net, x)
     (y * g).sum().backward()
@@ -385,7 +386,7 @@ def check_training(settings: Settings) -> Outcome:
         for dtype, tolerance in TRAINING_TOLERANCE.items():
             for how, call in calls.items():
                 copy_ = copy.deepcopy(net).to(device)
-                # TF32 has the digits of float16.
+                # TF32 has the precision of float16.
                 with torch.backends.cudnn.flags(allow_tf32=False):
                     with torch.autocast(device, DTYPES[dtype], enabled=dtype != "float32"):
                         actual = _train(copy_, x.to(device), g.to(device), call)
@@ -409,7 +410,7 @@ def check_training(settings: Settings) -> Outcome:
 
 
 class BatchNormWithoutCudnn2d(nn.BatchNorm2d):
-    """PyTorch's own kernels, which also run in backward: the forward pass decides."""
+    """BatchNorm with PyTorch's own kernels in both passes; the forward pass decides which run."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.backends.cudnn.flags(enabled=False):
@@ -417,7 +418,7 @@ class BatchNormWithoutCudnn2d(nn.BatchNorm2d):
 
 
 def ref_bn_on(kernels: Kernels) -> Callable[[int], nn.Module]:
-    """RefBN that calculates with ``kernels``."""
+    """Returns a RefBN that calculates with ``kernels``."""
 
     class RefBatchNormOnKernels2d(RefBatchNorm2d):
         def forward(self, x: Tensor) -> Tensor:
@@ -467,12 +468,12 @@ def _layers(norms: Dict[str, Callable[[int], nn.Module]], settings: Settings):
 
 
 def _autograd_node(build, shape, memory_format, dtype: str, device: str) -> str:
-    """Name of what calculates the gradient: it tells whether BatchNorm calls cuDNN."""
+    """Name of the autograd node, which shows whether BatchNorm calls cuDNN."""
     x = torch.randn(shape).to(device, DTYPES[dtype]).contiguous(memory_format=memory_format)
     return build(shape[1]).to(device)(x).grad_fn.name()
 
 
-# Of BatchNorm's time; docs/performance.md has the same for the CPU.
+# Targets relative to BatchNorm's time; docs/performance.md has the same targets for the CPU.
 LAYER_TARGET = {"NCHW": 1.0, "channels_last": 1.05}
 
 
@@ -504,10 +505,10 @@ def measure_triton(settings: Settings) -> Outcome:
     }
     steps = {}
     for name, value in (("aten", "0"), ("Triton", "1")):
-        os.environ["REFBN_TRITON"] = value  # of the process that model_times starts
+        os.environ["REFBN_TRITON"] = value  # read by the process that model_times starts
         times = _detector("R50-FPN", ["RefBN"], settings)
         steps[name] = times["RefBN"]["step"]["median"]
-    # The layers alone do not decide: in a step, the GPU may or may not wait for launches.
+    # A step is measured, too, because in a step the GPU may or may not wait for launches.
     layers, step = both["Triton"] / both["aten"], steps["Triton"] / steps["aten"]
     faster = layers < 1 and step < 1
     summary = f"Triton takes {layers:.2f} of the time of aten in layers, {step:.3f} in R50-FPN"
@@ -526,7 +527,7 @@ DETECTORS = {
         [f"MODEL.{part}.NORM" for part in _EVERYWHERE],
     ),
 }
-STEP_TARGET, MEMORY_TARGET = 1.01, 1.01  # of BatchNorm's
+STEP_TARGET, MEMORY_TARGET = 1.01, 1.01  # relative to BatchNorm's
 
 
 def _detector(name: str, norms: Sequence[str], settings: Settings) -> Dict[str, Dict[str, Any]]:
@@ -570,7 +571,7 @@ def measure_detectors(settings: Settings) -> Outcome:
 
 
 def measure_loader(settings: Settings) -> Outcome:
-    """Images a second of the ImageNet loader, from generated JPEG files of 500 x 375 pixels."""
+    """Images per second of the ImageNet loader, from generated JPEG files of 500 x 375 pixels."""
     from benchmark_loader import make_data_set, throughput
 
     from refbn_d2.data.image_folder import register_image_folders
@@ -581,7 +582,7 @@ def measure_loader(settings: Settings) -> Outcome:
         photos = Path(folder, "photos")
         photos.mkdir()
         for k in range(4 if settings.quick else 50):
-            # Enlarged noise: pixel noise would make files of many times a photo's size.
+            # Enlarged noise, because files with pixel noise would be much larger than photos.
             noise = Image.fromarray(rng.integers(0, 256, (94, 125, 3), dtype=np.uint8))
             noise.resize((500, 375), Image.BICUBIC).save(photos / f"{k}.jpg", quality=95)
         make_data_set(photos, Path(folder))
@@ -622,7 +623,7 @@ CORRECTNESS = {"training", *(name for name in PARTS if name.startswith("kernels"
 
 
 def _run_part(name: str, settings: Settings, output: Path) -> Dict[str, Any]:
-    """Runs a part in a process of its own; an error of any kind is its result."""
+    """Runs a part in a process of its own. If it fails in any way, the error is the result."""
     file, log, start = output / f"{name}.json", output / f"{name}.log", time.perf_counter()
     for earlier in (file, log):
         earlier.unlink(missing_ok=True)
@@ -665,7 +666,7 @@ def _write_part(name: str, settings: Settings, output: Path) -> None:
 
 
 def default_kernels(results: Dict[str, Dict[str, Any]], settings: Settings) -> Optional[str]:
-    """A sentence on which set should be the default on CUDA; None if that was not looked at."""
+    """A sentence on which set should be the default on CUDA; None if this was not measured."""
     if not {"kernels_triton", "triton"} <= results.keys():
         return None
     if not settings.judges_cost:
@@ -764,7 +765,7 @@ def main() -> None:
     for name in dict.fromkeys(args.only):
         result = results[name] = _run_part(name, settings, args.output)
         report["default_kernels"] = default_kernels(results, settings)
-        _save(report, args.output)  # after each part: what is measured is not lost
+        _save(report, args.output)  # after each part, so that no measurement is lost
         print(f"{result['status']:5} {name:17} {result['seconds']:4.0f} s  {result['summary']}",
               flush=True)  # fmt: skip
     if report["default_kernels"]:

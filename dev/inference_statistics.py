@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Which statistics should inference use? Evaluates finished runs with recomputed ones.
+"""Evaluates finished runs with other inference statistics, to see which ones are best.
 
     dev/inference_statistics.py output/study --name RefBN --output output/statistics
 
@@ -9,8 +9,8 @@ batch statistics. With --as-norm they are evaluated once, converted to another n
 
     dev/inference_statistics.py output/study --name EvalRefBN --as-norm BN --output output/study
 
-(EvalRefBN trains like BN, bit for bit, so this is the evaluation of the same trainings with BN.)
-The results are run folders for `refbn-d2 compare report --runs`.
+EvalRefBN trains like BN, bit for bit, so this evaluates the same trainings as BN. The results are
+run folders for `refbn-d2 compare report --runs`.
 """
 
 import argparse

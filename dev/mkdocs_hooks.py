@@ -1,7 +1,7 @@
-"""Brings the documents beside docs/ into the site, and checks links to files of the repository.
+"""Adds the documents beside docs/ to the site, and checks links to files of the repository.
 
-On the host of the repository each Markdown file links to its neighbours by relative path. In the
-site all pages are in one folder, and files that are no page (configs, sources) are not there.
+In the repository each Markdown file links to others by relative path. In the site all pages are in
+one folder, and files that are not pages (configs, sources) are missing.
 """
 
 import re
@@ -13,7 +13,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 BESIDE_DOCS = ("README.md", "MODEL_ZOO.md", "CONTRIBUTING.md", "CHANGELOG.md")
-# README.md would be taken for the index, which docs/ has.
+# MkDocs would use README.md as the index, but docs/ has an index.
 PAGE_NAMES = {"README.md": "overview.md"}
 
 _LINK = re.compile(r"\[([^\]]*)\]\((?!https?:)([^)#\s]+)(#[^)\s]*)?\)")
@@ -38,6 +38,6 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             return f"[{text}]({path.name}{anchor})"
         if path.parent == ROOT and path.name in BESIDE_DOCS:
             return f"[{text}]({PAGE_NAMES.get(path.name, path.name)}{anchor})"
-        return text  # a file of the repository, which the site does not have
+        return text  # the site does not have this file of the repository
 
     return _LINK.sub(link, markdown)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How far a norm's evaluation is from its training, layer by layer, in finished runs of EvalRefBN.
+"""Measures how much evaluation differs from training in each layer of finished EvalRefBN runs.
 
     dev/norm_disagreement.py output/small_batches/EvalRefBN/*/seed4 --output disagreement.png
 
@@ -28,7 +28,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 KINDS = ("BN", "EvalRefBN")
-FLOOR = 1e-3  # of the plot; what is less is drawn there
+FLOOR = 1e-3  # lower end of the plot; smaller values are drawn there
 
 
 def normalized(x: torch.Tensor, mean: torch.Tensor, var: torch.Tensor, eps: float) -> torch.Tensor:
@@ -37,7 +37,7 @@ def normalized(x: torch.Tensor, mean: torch.Tensor, var: torch.Tensor, eps: floa
 
 @torch.no_grad()
 def measure(run: Path, num_batches: int) -> Dict[str, Tuple[float, float, float]]:
-    """Layer -> (disagreement of BN, of EvalRefBN, weight of an image's own statistics)."""
+    """layer -> (disagreement of BN, of EvalRefBN, weight of an image's own statistics)."""
     cfg = load_config(str(run / "config.yaml"), ["OUTPUT_DIR", str(run), "MODEL.DEVICE", "cpu"])
     model = Trainer.build_model(cfg)
     Trainer.build_checkpointer(cfg, model).load(str(run / "model_final.pth"))

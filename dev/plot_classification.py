@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Learning curves of classifiers that differ in norm and seed, and the table of their errors.
+"""Draws learning curves of classifiers that differ in norm and seed, and prints their errors.
 
     dev/plot_classification.py output/mnist/lenet5 --output lenet5.png --accuracy 98 99
 
-RUN is a folder of tools/train_classifier.py, or one with several below it.
+RUN is an OUTPUT_DIR of `refbn-d2 classify`, or a folder that contains several of them.
 """
 
 import argparse

@@ -1,13 +1,12 @@
 #!/usr/bin/env python3
-"""Installs detectron2 into the running Python, from where it can be had.
+"""Installs detectron2 into the running Python.
 
-1. What is importable is left alone.
-2. The official source at a pinned commit, compiled.
-3. Where that cannot be reached: the sdist of release 0.6 on PyPI. Its Python files are upstream's,
-   the C++ sources are missing, so it is installed as pure Python; torchvision does NMS and
-   RoIAlign.
+1. If a working detectron2 can be imported, nothing is done.
+2. Otherwise the official source is compiled, at a pinned commit.
+3. If it cannot be reached, the sdist of release 0.6 on PyPI is installed. It has the Python files
+   but not the C++ sources, so it is installed as pure Python; torchvision does NMS and RoIAlign.
 
-Standard library only; torch must be installed already.
+This script uses the standard library only; torch must already be installed.
 """
 
 import importlib.util
@@ -57,7 +56,7 @@ def __getattr__(name):
 
 
 def installed() -> str:
-    """Version and kind of the importable detectron2, or '' if there is none that works."""
+    """Version and kind of the detectron2 that can be imported, or '' if none works."""
     if importlib.util.find_spec("detectron2") is None:
         return ""
     probe = (
@@ -117,7 +116,7 @@ def install_sdist() -> None:
 
 
 def make_pure_python(root: Path) -> None:
-    """Edits the unpacked sdist: its own name, no extension, names that NumPy and Pillow dropped."""
+    """Edits the unpacked sdist: its name, no extension, and names that NumPy and Pillow removed."""
 
     def edit(path: str, pattern: str, replacement: str) -> None:
         file = root / path
@@ -130,7 +129,7 @@ def make_pure_python(root: Path) -> None:
     edit("setup.py", r"ext_modules=get_extensions\(\)", "ext_modules=[]")
     edit("detectron2/data/transforms/transform.py", r"\bImage\.LINEAR\b", "Image.BILINEAR")
     edit("detectron2/evaluation/coco_evaluation.py", r"use_fast_impl=True", "use_fast_impl=False")
-    # The sdist has no configs of the model zoo; its message should say so.
+    # The sdist has no configs of the model zoo, so its error message is changed to say so.
     edit(
         "detectron2/model_zoo/model_zoo.py",
         r'"\{\} not available in Model Zoo!"',

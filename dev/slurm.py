@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""A SLURM of one's own on this machine: a controller and two machines of one core each.
+"""Starts a small SLURM on this machine: a controller and two simulated machines of one core each.
 
     dev/slurm.py --install                  apt-get install slurm-wlm munge, as root
-    dev/slurm.py sbatch --wait job.sh       runs a command in it, and ends it
+    dev/slurm.py sbatch --wait job.sh       runs a command with this SLURM, then ends SLURM
     dev/slurm.py bash                       the same with a shell
 
-All its files are in a temporary folder, its ports are free ones, and nothing of an installed SLURM
-or munge is touched. Both machines, node1 and node2, are daemons here.
+All its files are in a temporary folder and it uses free ports, so it does not affect a SLURM or
+munge that is already installed. The two simulated machines, node1 and node2, are daemons.
 """
 
 import argparse
@@ -57,7 +57,7 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=60
 
 
 def missing() -> Optional[str]:
-    """Why there can be no SLURM here, or None."""
+    """The reason why SLURM cannot be started here, or None."""
     for program in ("munged", "slurmctld", "slurmd", "sbatch"):
         if shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin") is None:
             return f"{program} is not installed: dev/slurm.py --install"
@@ -65,7 +65,7 @@ def missing() -> Optional[str]:
 
 
 def start_node(name: str, env: Dict[str, str]) -> subprocess.Popen:
-    """Starts the daemon of one machine, which ends with SIGTERM or SIGKILL."""
+    """Starts the daemon of one simulated machine; SIGTERM or SIGKILL ends it."""
     return subprocess.Popen(["slurmd", "-D", "-N", name], env=env, **_QUIET)
 
 
@@ -80,11 +80,11 @@ def cluster() -> Iterator[Dict[str, str]]:
         The environment for its commands.
 
     Raises:
-        RuntimeError: The machines are not ready after half a minute.
+        RuntimeError: If the machines are not ready after half a minute.
     """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="slurm")))
-        folder.chmod(0o755)  # munge insists on it
+        folder.chmod(0o755)  # required by munge
         (folder / "state").mkdir()
         (folder / "munge.key").write_bytes(os.urandom(128))
         (folder / "munge.key").chmod(0o600)

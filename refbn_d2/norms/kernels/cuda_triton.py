@@ -1,7 +1,7 @@
 """The kernels on CUDA in Triton, used if REFBN_TRITON=1.
 
-They have been tested with Triton's interpreter only. Their speed on a GPU has not been measured,
-so they are not the default.
+Their results have been tested with Triton's interpreter only; a test also compiles them for sm_90.
+Their speed on a GPU has not been measured, so they are not the default.
 """
 
 from typing import Optional, Tuple
