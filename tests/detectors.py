@@ -1,4 +1,4 @@
-"""The detectors that come with the package, small enough to train in seconds, and their data."""
+"""Small versions of the detectors that come with the package, and data to train them on."""
 
 from pathlib import Path
 from typing import Dict, List, NamedTuple

@@ -1,4 +1,4 @@
-"""Processes that start at once, forked from a server which has imported everything; and groups."""
+"""Processes that start quickly, because they are forked from a server, and process groups."""
 
 import tempfile
 from datetime import timedelta

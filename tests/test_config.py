@@ -1,4 +1,4 @@
-"""Loading a config: safely, and with errors that say what to mend."""
+"""Loading a config: no code is run, and errors say what to change."""
 
 import json
 

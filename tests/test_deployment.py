@@ -1,4 +1,4 @@
-"""Exported models give the outputs of the model, on real images of other sizes than traced."""
+"""Exported models give the model's outputs, also on images of another size than traced."""
 
 import io
 

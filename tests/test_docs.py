@@ -1,4 +1,4 @@
-"""Documents: code blocks run, or say why not; what they name exists."""
+"""Documents: code blocks run or say why not; files and commands that they name exist."""
 
 import os
 import re

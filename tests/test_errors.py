@@ -1,4 +1,4 @@
-"""Mistakes of a user end in one line, everything else in a traceback."""
+"""A mistake of a user gives one line, any other error a traceback."""
 
 import errno
 import logging

@@ -1,4 +1,4 @@
-"""The check that runs on a GPU: here on the CPU, it reaches its end and finds what is wrong."""
+"""The GPU check, on the CPU: it runs to its end and finds errors."""
 
 import json
 import subprocess

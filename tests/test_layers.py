@@ -1,4 +1,4 @@
-"""The package's imports point down only: which part may use which, and no circles."""
+"""A module of the package imports from lower layers only, and there are no circular imports."""
 
 import ast
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the package logs is where detectron2's own lines are."""
+"""The package's messages are in the same log as detectron2's."""
 
 import logging
 import subprocess

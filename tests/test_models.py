@@ -1,4 +1,4 @@
-"""The configurations of the detection experiment and the models they build."""
+"""The configs of the detection experiment, and the models that they build."""
 
 from pathlib import Path
 

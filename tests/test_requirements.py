@@ -1,4 +1,4 @@
-"""`make setup` installs all that the package and its extras may need, at versions they allow."""
+"""`make setup` installs all that the package and its extras need, at allowed versions."""
 
 import re
 import sys

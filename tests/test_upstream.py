@@ -1,4 +1,4 @@
-"""What the package exchanges in detectron2, fvcore and torch is there, and looked up there."""
+"""The names that the package replaces in detectron2, fvcore and torch exist and are used there."""
 
 import ast
 import inspect

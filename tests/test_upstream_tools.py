@@ -1,4 +1,4 @@
-"""What detectron2's users already have works with our norms, unedited."""
+"""detectron2's own tools work with our norms without changes."""
 
 import os
 import subprocess

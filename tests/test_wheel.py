@@ -1,4 +1,4 @@
-"""A wheel is whole: installed outside the checkout, it has all files and its command trains."""
+"""The wheel is complete: installed elsewhere, it has all files and its command trains."""
 
 import json
 import os

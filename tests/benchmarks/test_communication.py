@@ -1,4 +1,4 @@
-"""What processes say to each other in a step, and that they say it when one has nothing to say."""
+"""The collective operations of a training step, also for a process with an empty batch."""
 
 import processes
 import pytest

@@ -1,4 +1,4 @@
-"""What the benchmark measures is what it says."""
+"""The benchmark: it measures the norms that it names, each against BatchNorm."""
 
 import torch
 from tiny import opts

@@ -1,4 +1,4 @@
-"""These networks are too small for a second thread to be worth its wake-ups."""
+"""One thread, because these networks are too small to profit from a second one."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Classifiers as detectron2 models: inputs, losses, what they count, how they are laid out."""
+"""Classifiers as detectron2 models: inputs, losses, logged errors, memory format."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Top-1 and top-5 error against counting by hand."""
+"""Top-1 and top-5 error, compared with errors counted by hand."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The networks against what is known of them, and the exchange of their norms."""
+"""The networks, compared with known properties, and the exchange of their norms."""
 
 import sys
 import types

@@ -1,4 +1,4 @@
-"""refbn-d2 data: what add writes trains by its name, and show draws it."""
+"""refbn-d2 data: a config that `add` writes can be trained, and `show` draws its images."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Every step of the reproduction, for real: the miniature's matrix with networks yet smaller."""
+"""Runs every step of the reproduction, with the miniature's matrix and even smaller networks."""
 
 import json
 import subprocess

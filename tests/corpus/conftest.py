@@ -1,4 +1,4 @@
-"""Says at the end of a run how many bad files there were."""
+"""Prints at the end of a test run how many bad files there were."""
 
 from tests.corpus.harness import COUNT
 

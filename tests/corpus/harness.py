@@ -1,4 +1,4 @@
-"""Feeding a bad file to what the tools do with it."""
+"""Passes a bad file to the functions that the tools call for it."""
 
 import collections
 import contextlib

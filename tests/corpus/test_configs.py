@@ -1,4 +1,4 @@
-"""Config and matrix files: YAML is data, of the size that it looks like."""
+"""Config and matrix files: YAML is read as data, and expands to no more than a fixed size."""
 
 import functools
 

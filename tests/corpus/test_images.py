@@ -1,4 +1,4 @@
-"""Image files: damaged ones are named, other kinds work or are refused, none is guessed."""
+"""Image files: errors name damaged ones; other formats are read correctly or refused."""
 
 import io
 import struct

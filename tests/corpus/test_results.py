@@ -1,4 +1,4 @@
-"""What a report reads: detections, ground truth and run folders. No report, or a whole one."""
+"""The files that a report reads. A bad file gives no report, and never an incomplete one."""
 
 import functools
 import html.parser

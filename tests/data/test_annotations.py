@@ -1,4 +1,4 @@
-"""What boxes and masks may be; bad data sets are in tests/corpus."""
+"""Valid boxes and masks; bad data sets are in tests/corpus."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What is compared before the first step, and that both sides are named."""
+"""The comparisons before the first step, and that errors name both sides."""
 
 import json
 

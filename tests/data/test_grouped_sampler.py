@@ -1,4 +1,4 @@
-"""GroupedTrainingSampler: permutations, and how much of a batch shares its group."""
+"""GroupedTrainingSampler: every image once per epoch, and the share of a batch from one group."""
 
 import itertools
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Image folders: which image has which label, crops, and what is wrong with a folder."""
+"""Image folders: labels of images, crops, and errors for invalid folders."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""TrainLoader gives what detectron2's loader gives, from any iteration on."""
+"""TrainLoader gives the same data as detectron2's loader, from any iteration on."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""MNIST's files: read right, and damage is named."""
+"""MNIST's files: they are read correctly, and errors name damaged ones."""
 
 import gzip
 

@@ -1,4 +1,4 @@
-"""Precomputed proposals: read as data, named where they are not what they should be."""
+"""Precomputed proposals: they are read as data, and errors name invalid ones."""
 
 import os
 import pickle

@@ -1,4 +1,4 @@
-"""The generated data set: the same each time, COCO as pycocotools reads it, splits apart."""
+"""The generated data set: reproducible, valid for pycocotools, with disjoint splits."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Data sets are read once and kept in one copy; those that a function makes become plain."""
+"""Data sets are read once and kept in one copy; those made by a function become plain data."""
 
 import copy
 import gc

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or skipped; weights that do not fit are refused, those that do load."""
+"""Checkpoints are complete or skipped; weights that do not fit are refused, others load."""
 
 import os
 import resource

@@ -1,4 +1,4 @@
-"""The training command: each mistake is one line that names the thing, and nothing is lost."""
+"""The training command: each mistake gives one line that names it, and no data are lost."""
 
 import json
 import subprocess

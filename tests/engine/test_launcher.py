@@ -1,4 +1,4 @@
-"""Processes that torchrun, srun or detectron2 started: one run, one end, and one to resume."""
+"""Processes started by torchrun, srun or detectron2: they train, end and resume together."""
 
 import json
 import multiprocessing

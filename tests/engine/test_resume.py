@@ -1,4 +1,4 @@
-"""A run killed and resumed ends with the weights of one that never stopped, bit for bit."""
+"""A run that is killed and resumed ends with the same weights as without a stop, bit for bit."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""OUTPUT_DIR: one writer, one run, the same model, and one line when it cannot be written."""
+"""OUTPUT_DIR: one writer, one run, the same model, and a one-line error if it is not writable."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""A notice to end: the step is finished, a checkpoint written, the exit status tells."""
+"""Signals to end: the step is finished, a checkpoint is saved, the exit status is that signal's."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Trainer on a tiny data set: what it captures, records and leaves behind, and what it refuses."""
+"""Trainer on a tiny data set: what it captures, records, restores and refuses."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Two hosts, each a network namespace: torchrun meets across them, and one goes away."""
+"""Two hosts, each a network namespace, under torchrun, and the loss of one of them."""
 
 import os
 import signal

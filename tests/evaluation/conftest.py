@@ -1,4 +1,4 @@
-"""A generated data set on disk, and a way to check and load it."""
+"""A generated data set in a file, and functions to check and load it."""
 
 import json
 

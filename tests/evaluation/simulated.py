@@ -1,4 +1,4 @@
-"""Comparisons of made-up AP numbers, without data sets or detections."""
+"""Comparisons of simulated AP numbers, without data sets or detections."""
 
 from pathlib import Path
 from types import SimpleNamespace

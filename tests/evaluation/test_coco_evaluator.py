@@ -1,4 +1,4 @@
-"""detectron2's evaluator with hotcoco gives the result dict that it gives with pycocotools."""
+"""detectron2's evaluator gives the same result dict with hotcoco as with pycocotools."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""Where a forest plot puts points, intervals, the line of no difference and the margin."""
+"""The positions of points, intervals, zero line and margin in a forest plot."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Every kind of bad file is one line that names the file and the thing."""
+"""Every kind of bad file gives one line that names the file and the error."""
 
 import copy
 

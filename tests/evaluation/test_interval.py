@@ -1,4 +1,4 @@
-"""The interval against a naive bootstrap, textbook cases and simulation."""
+"""Intervals, compared with a simple bootstrap, textbook cases and simulation."""
 
 import hotcoco
 import numpy as np

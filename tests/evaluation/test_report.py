@@ -1,4 +1,4 @@
-"""The command from end to end: what it writes, what it refuses."""
+"""The report command from end to end: what it writes and what it refuses."""
 
 import html.parser
 import json

@@ -1,4 +1,4 @@
-"""Run folders: what is found, what is refused."""
+"""Run folders: which runs are found, and which are refused."""
 
 import json
 

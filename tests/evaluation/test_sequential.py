@@ -1,4 +1,4 @@
-"""Looks fixed beforehand: what is decided, what is wanted next, how often it is wrong."""
+"""Tests at fixed numbers of runs: decisions, runs that are still needed, error rates."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a report says about two norms, and that it says no more than the interval does."""
+"""The sentences of a report about two norms follow from the intervals."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""A report needs neither detectron2 nor PyTorch: other libraries train detectors, too."""
+"""A report needs neither detectron2 nor PyTorch, so it works with other trainers' results."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Running a matrix: what its specs are, what is skipped, resumed, and survived."""
+"""Running a matrix: its runs; what is skipped, resumed or continued after a failure."""
 
 import json
 import subprocess

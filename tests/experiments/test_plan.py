@@ -1,4 +1,4 @@
-"""What a matrix takes, counted by hand, and what is missing for it."""
+"""The estimated cost of a matrix, compared with a count by hand, and missing files."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What the runner makes of its children: reasons, GPUs, names like markup, and its own end."""
+"""The runner and its child processes: failures, GPUs, unusual names, and how it ends."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A matrix on a real SLURM of this machine; skipped where there is none (`make slurm-test`)."""
+"""A matrix on a real SLURM on this machine; skipped if there is none (`make slurm-test`)."""
 
 import os
 import re

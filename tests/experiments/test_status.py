@@ -1,4 +1,4 @@
-"""`compare status` and `cancel` without SLURM, and what is said where that is not installed."""
+"""`compare status` and `cancel` without SLURM, and their errors if SLURM is not installed."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Seeds are added where a comparison is open, up to the plan's number, and again after a stop."""
+"""Seeds are added where a comparison is not decided, up to a maximum, also after a stop."""
 
 import functools
 import json

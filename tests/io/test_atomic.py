@@ -1,4 +1,4 @@
-"""A file is the old one or the new one, never half of either."""
+"""A written file is the old one or the new one, and never incomplete."""
 
 import os
 from unittest import mock

@@ -1,4 +1,4 @@
-"""One writer in a folder: the second is refused, a killed one leaves nothing behind."""
+"""One writer per folder: a second one is refused, and a killed one leaves no lock."""
 
 import os
 import socket

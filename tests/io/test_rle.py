@@ -1,4 +1,4 @@
-"""The check of run-length masks against pycocotools' encoder."""
+"""The check of run-length masks, compared with pycocotools' encoder."""
 
 import numpy as np
 import pytest

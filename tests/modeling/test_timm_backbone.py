@@ -1,4 +1,4 @@
-"""Backbones of timm give timm's features, with any norm, and say what does not fit."""
+"""timm backbones give timm's features with any norm, and errors for networks that do not fit."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Taking references: exact however the batch is split, and the model is otherwise untouched."""
+"""Capturing references: exact for any split of the batch, and nothing else in the model changes."""
 
 import copy
 

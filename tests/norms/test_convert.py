@@ -1,4 +1,4 @@
-"""Walking from one norm to another: exact in evaluation, nothing lost on the way."""
+"""Converting between norms: exact in evaluation, and nothing is lost."""
 
 import copy
 import pickle

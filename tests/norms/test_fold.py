@@ -1,4 +1,4 @@
-"""Folded models against what they were: outputs, what is folded, what must not be."""
+"""Folded models, compared with the original ones: outputs, and which norms are folded."""
 
 import copy
 

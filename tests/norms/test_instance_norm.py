@@ -1,4 +1,4 @@
-"""InstanceNorm2d against its equation, and where torch's own gives up."""
+"""InstanceNorm2d against its equation, also where torch's own raises an error."""
 
 import oracle
 import pytest

@@ -1,4 +1,4 @@
-"""RefBatchNorm2d as a module: state, modes, and what it shares with nn.BatchNorm2d."""
+"""RefBatchNorm2d as a module: state, modes, and its similarity to nn.BatchNorm2d."""
 
 import copy
 import io

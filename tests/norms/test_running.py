@@ -1,4 +1,4 @@
-"""The moving averages equal BatchNorm's where they average what BatchNorm averages."""
+"""The moving averages equal those of BatchNorm where both average the same values."""
 
 import pytest
 import torch

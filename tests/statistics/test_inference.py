@@ -1,4 +1,4 @@
-"""Recomputed inference statistics against averages written from the paper's Algorithm 3."""
+"""Recomputed inference statistics, compared with averages as in the paper's Algorithm 3."""
 
 import copy
 

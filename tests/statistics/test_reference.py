@@ -1,4 +1,4 @@
-"""Capturing on one process and on several, against one pass and against a float64 oracle."""
+"""Capturing on one and on several processes, compared with one pass and a float64 oracle."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Converted weights give in detectron2 what they gave where they come from."""
+"""Converted weights give the same features in detectron2 as in their source."""
 
 import argparse
 import functools

@@ -1,4 +1,4 @@
-"""Weights that an installed package brings are found by its record and are what it recorded."""
+"""Weights in an installed package are found by pip's record and compared with its checksum."""
 
 import base64
 import hashlib

@@ -1,4 +1,4 @@
-"""Names of weights against the state dicts of the networks themselves."""
+"""Names of weights, compared with the state dicts of the networks."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Pickles of arrays load; anything else in a pickle does not run."""
+"""Pickles of arrays load; any other content of a pickle is not run."""
 
 import argparse
 import io

@@ -1,4 +1,4 @@
-"""How the compiled kernels come to be, and what only they promise; test_kernels.py has the rest."""
+"""The choice of the compiled kernels and their special properties; see also test_kernels.py."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""The cache of compiled libraries: after any damage, the next start has a complete library."""
+"""The cache of compiled libraries: it is repaired after any damage."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""The operators that tracers, dispatch modes and tensor subclasses see in place of the kernels."""
+"""The operators that replace the kernels for tracers, dispatch modes and tensor subclasses."""
 
 import oracle
 import pytest
