@@ -1,13 +1,15 @@
-"""Writing of metrics.json, which has each iteration only once even if a run is interrupted."""
+"""Writing of metrics.json, which has each iteration only once even if a run is interrupted, and of
+the log.
+"""
 
 import json
 import math
 import os
 from typing import Optional
 
-from detectron2.utils.events import JSONWriter
+from detectron2.utils.events import CommonMetricPrinter, JSONWriter, get_event_storage
 
-__all__ = ["MetricsWriter"]
+__all__ = ["MetricsWriter", "ProgressPrinter"]
 
 
 class MetricsWriter(JSONWriter):
@@ -30,6 +32,20 @@ class MetricsWriter(JSONWriter):
     def rewind(self, start_iter: int) -> None:
         """Removes the iterations from ``start_iter`` on, which the resumed run will write again."""
         self._last_write = _cut(self._path, start_iter)
+
+
+class ProgressPrinter(CommonMetricPrinter):
+    """CommonMetricPrinter that can write an iteration twice.
+
+    A run that ends by an error or a signal writes its last iteration once more. Within the first
+    three steps upstream then divides by the number of iterations since the last time, and a
+    ZeroDivisionError takes the place of the error or the exit status.
+    """
+
+    def write(self):
+        if self._last_write is not None and self._last_write[0] == get_event_storage().iter:
+            self._last_write = None
+        super().write()
 
 
 def _cut(path: str, start_iter: float) -> int:

@@ -21,7 +21,7 @@ from detectron2.engine import (
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
-from detectron2.utils.events import JSONWriter
+from detectron2.utils.events import CommonMetricPrinter, JSONWriter
 from torch.utils.data import Dataset, RandomSampler, Sampler
 
 from ..config import apply_norm_config, load_config
@@ -39,7 +39,7 @@ from ..upstream import exchanged, whole_files
 from .checkpoint import Checkpointer
 from .evaluators import build_evaluator
 from .hooks import EvalHook, ExactResume, ProgressBar, ReferenceHook, StatisticsHook
-from .metrics import MetricsWriter
+from .metrics import MetricsWriter, ProgressPrinter
 from .run_folder import check_exists, output_errors
 from .signals import StopOnSignal
 
@@ -357,6 +357,8 @@ class Trainer(DefaultTrainer):
             if isinstance(writer, JSONWriter):
                 writer.close()
                 writers[n] = self.metrics = MetricsWriter(path)
+            elif isinstance(writer, CommonMetricPrinter):
+                writers[n] = ProgressPrinter(self.max_iter)
         return writers
 
     def build_hooks(self):

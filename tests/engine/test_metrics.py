@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from detectron2.utils.events import EventStorage
+from detectron2.utils.events import CommonMetricPrinter, EventStorage
 
-from refbn_d2.engine.metrics import MetricsWriter
+from refbn_d2.engine.metrics import MetricsWriter, ProgressPrinter
 
 
 def _line(iteration: int) -> str:
@@ -59,3 +59,15 @@ def test_lines_of_the_past_are_not_written_again(tmp_path):
         writer.write()
     writer.close()
     assert path.read_text() == _line(19) + _line(29) + _line(30)
+
+
+def test_the_log_of_a_run_that_ends_in_its_first_steps():
+    """Upstream divides by zero when an iteration is written again before it has been timed."""
+    with EventStorage(19) as storage:
+        storage.put_scalar("total_loss", 1.0)
+        upstream, ours = CommonMetricPrinter(40), ProgressPrinter(40)
+        upstream.write()
+        with pytest.raises(ZeroDivisionError):
+            upstream.write()
+        ours.write()
+        ours.write()
