@@ -1,3 +1,3 @@
-"""Files of weights: reading them without running code, and backbones of other libraries."""
+"""Reads weights files without executing code in them; converts backbones of other libraries."""
 
-from .. import upstream  # noqa: F401  (says so if detectron2 is missing)
+from .. import upstream  # noqa: F401  (raises a clear error if detectron2 is missing)

@@ -1,8 +1,9 @@
-"""A ResNet's weights as the start of a detector, and back; norms live or frozen.
+"""Converts a ResNet's weights to a file from which a detector can start, and back.
 
-A file for detectron2 holds ``stem.*``, ``res2.*`` to ``res5.*`` and the linear layer, if there is
-one, as detectron2's own files of pretrained weights do: its checkpointer matches names by their
-ends, so conv5 is ``roi_heads.res5`` in a C4 detector and ``backbone.bottom_up.res5`` with an FPN.
+A file for detectron2 contains ``stem.*``, ``res2.*`` to ``res5.*`` and the linear layer, if there
+is one, like detectron2's own files of pretrained weights. detectron2's checkpointer matches names
+by their suffixes, so conv5 becomes ``roi_heads.res5`` in a C4 detector and
+``backbone.bottom_up.res5`` in a detector with an FPN.
 """
 
 from dataclasses import dataclass
@@ -39,7 +40,8 @@ _DEPTHS = {  # (blocks of each stage, whether bottlenecks) -> MODEL.RESNETS.DEPT
     ((3, 4, 23, 3), True): 101,
     ((3, 8, 36, 3), True): 152,
 }
-# What torchvision's and timm's weights are trained with; detectron2's defaults are others.
+# Settings with which the weights of torchvision and timm were trained. detectron2's defaults
+# differ.
 _TORCHVISION_CONFIG = {
     "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
     "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
@@ -50,15 +52,15 @@ _TORCHVISION_CONFIG = {
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was converted.
+    """Result of a conversion.
 
     Attributes:
-        names: those of the source -> those of the target.
-        left_out: names of the source that are not in the target.
-        taken: which state dict of the source was taken, in words.
-        norm: of NORMS, or '' where the weights do not say.
-        config: what the config of a detector that starts from the file must say, key -> value.
-            Lacks STRIDE_IN_1X1, PIXEL_MEAN, PIXEL_STD and FORMAT where the source does not say.
+        names: name of each converted tensor in the source -> its name in the target.
+        left_out: names of the tensors of the source that are not in the target.
+        taken: description of the state dict of the source that was converted.
+        norm: one of NORMS, or '' if it cannot be determined from the weights.
+        config: config keys that a detector needs to start from the file -> their values. Lacks
+            STRIDE_IN_1X1, PIXEL_MEAN, PIXEL_STD and FORMAT if they are unknown for the source.
     """
 
     names: Dict[str, str]
@@ -75,18 +77,20 @@ def convert(
     to: str = "detectron2",
     key: str = "",
 ) -> Conversion:
-    """Writes the ResNet in a file of weights for another program.
+    """Converts the ResNet in a weights file for detectron2, or for torchvision and timm.
 
     Args:
-        source: .pth, .pkl or .safetensors; read without running code from it.
-        target: .pth to write; a file of that name is kept unless all goes well.
-        norm: of NORMS, what the norms become; None leaves them as they are.
-        to: of FORMATS: a detectron2 backbone file, or a state dict for torchvision and timm.
-        key: which of several state dicts in the file to take ("model_ema"); '' the likeliest.
+        source: path of a .pth, .pkl or .safetensors file; code in it is not executed.
+        target: path of the .pth file to write; an existing file is replaced only if the conversion
+            succeeds.
+        norm: one of NORMS, to which the norms are converted; None to keep them unchanged.
+        to: one of FORMATS: a detectron2 backbone file, or a state dict for torchvision and timm.
+        key: key of the state dict if the file contains several ("model_ema"); '' for the most
+            likely one.
 
     Raises:
-        UserError: ``source`` cannot be read or has no ResNet that detectron2 builds, its norms
-            cannot become ``norm``, or ``target`` cannot be written.
+        UserError: if ``source`` cannot be read or contains no ResNet that detectron2 can build, if
+            its norms cannot be converted to ``norm``, or if ``target`` cannot be written.
     """
     content, found = _read(source, key)
     try:
@@ -100,7 +104,7 @@ def convert(
     renamed = torchvision_names(weights) if to == "torchvision" else {n: n for n in weights}
     result: Dict[str, Any] = {renamed[n]: value for n, value in weights.items()}
     if to == "detectron2":
-        # That key has detectron2's checkpointer match names by their ends.
+        # With this key detectron2's checkpointer matches names by their suffixes.
         result = {"model": result, "matching_heuristics": True}
     _write(target, result)
     matched = {old: renamed[new] for old, new in names.items() if new in renamed}
@@ -110,10 +114,11 @@ def convert(
     if norm:
         config["MODEL.RESNETS.NORM"] = norm
     if norm in ("BN", "RefBN"):
-        config["MODEL.BACKBONE.FREEZE_AT"] = 0  # a frozen stage is FrozenBN, whatever NORM says
+        config["MODEL.BACKBONE.FREEZE_AT"] = 0  # frozen stages have FrozenBN regardless of NORM
     if from_torchvision:
         config.update(_TORCHVISION_CONFIG)
-    if "layer1.0.conv1.weight" not in names:  # else nothing beside the file is of its training
+    # A state dict with torchvision's plain names is a download: a config beside it is unrelated.
+    if "layer1.0.conv1.weight" not in names:
         config.update(_training_config(source, from_torchvision))
     return Conversion(
         names=matched,
@@ -125,12 +130,16 @@ def convert(
 
 
 def _read(path: str, key: str) -> Tuple[Dict[str, Tensor], StateDict]:
-    """The tensors in a file, under detectron2's names if they have Caffe2's; where they were."""
+    """Reads the tensors in a file; Caffe2's names are converted to detectron2's.
+
+    Returns:
+        The tensors by name, and the state dict of the file that contains them.
+    """
     try:
         content = read_weights(PathManager.get_local_path(path))
     except UserError:
         raise
-    except Exception as e:  # whatever a damaged file may raise
+    except Exception as e:  # a damaged file may raise any exception
         raise UserError(f"{path}: cannot be read as weights: {first_sentence(e)}") from None
     try:
         found = find_state_dict(content, key)
@@ -153,7 +162,7 @@ def _write(path: str, content: Dict[str, Any]) -> None:
 
 
 def _norm_layers(weights: Dict[str, Tensor]) -> Dict[str, Set[str]]:
-    """Name of each norm layer -> what is held of it."""
+    """Returns the keys of each norm layer ("weight", "running_var", ...) by the layer's name."""
     layers: Dict[str, Set[str]] = {}
     for name in weights:
         layer, _, key = name.rpartition(".")
@@ -163,9 +172,10 @@ def _norm_layers(weights: Dict[str, Tensor]) -> Dict[str, Set[str]]:
 
 
 def norm_of(weights: Dict[str, Tensor]) -> str:
-    """Which of NORMS a state dict under detectron2's names is of.
+    """Returns which of NORMS a state dict with detectron2's names has.
 
-    '' where it does not say: GN, LN, IN and Detectron's AffineChannel all are a weight and a bias.
+    Returns '' if it cannot be determined: GN, LN, IN and Detectron's AffineChannel all have only a
+    weight and a bias.
     """
     layers = _norm_layers(weights)
     keys = set().union(*layers.values())
@@ -178,18 +188,19 @@ def norm_of(weights: Dict[str, Tensor]) -> str:
 
 
 def freeze(weights: Dict[str, Tensor]) -> Dict[str, Tensor]:
-    """Folds what each norm does in evaluation into one affine map.
+    """Folds the computation of each norm in evaluation mode into one affine map.
 
     ::
 
         weight' = weight / sqrt(running_var + eps),  bias' = bias - running_mean weight'
 
-    RefBN's running statistics are those of its mixed statistics, so this is RefBN in evaluation,
-    too; the reference is dropped. Mean and variance become the identity's, 0 and 1 - eps:
-    detectron2 takes 1 where a file has no variance, which is off by eps / 2 in every layer.
+    This also holds for RefBN, whose running statistics are averages of its mixed statistics; its
+    reference is dropped. The running mean becomes 0 and the running variance 1 - eps, which
+    FrozenBN applies as the identity. Without a variance in the file detectron2 would use 1, with a
+    relative error of eps / 2 in every layer.
 
     Args:
-        weights: BN or RefBN under detectron2's names.
+        weights: weights of a network with BN or RefBN, with detectron2's names.
     """
     layers = _norm_layers(weights)
     frozen = {n: v for n, v in weights.items() if n.rpartition(".")[0] not in layers}
@@ -208,8 +219,8 @@ def _with_norm(weights: Dict[str, Tensor], norm: str) -> Dict[str, Tensor]:
     source = norm_of(weights)
     if not source:
         raise UserError(
-            f"its norms cannot become {norm}: they hold no running statistics of BatchNorm alone; "
-            "leave out --norm and --frozen to keep them as they are"
+            f"its norms cannot become {norm}: not all of them are BatchNorm with running "
+            "statistics; leave out --norm and --frozen to keep them unchanged"
         )
     if source == norm or (source, norm) == ("BN", "RefBN"):  # its reference is captured later
         return weights
@@ -221,10 +232,10 @@ def _with_norm(weights: Dict[str, Tensor], norm: str) -> Dict[str, Tensor]:
 
 
 def _resnet_config(weights: Dict[str, Tensor]) -> Dict[str, int]:
-    """MODEL.RESNETS.* of the network that the weights are of, as far as not the default.
+    """Returns the keys of MODEL.RESNETS for the weights' network; only DEPTH and non-defaults.
 
     Raises:
-        UserError: detectron2 builds no such network, or weights are missing or left over.
+        UserError: if detectron2 cannot build the network, or if weights are missing or left over.
     """
     blocks = [
         1 + max((int(n.split(".")[1]) for n in weights if n.startswith(f"res{s}.")), default=-1)
@@ -263,23 +274,23 @@ def _check_fit(weights: Dict[str, Tensor], model: Dict[str, Tensor]) -> None:
             raise UserError(f"it has no {name}")
         if name in weights and weights[name].shape != value.shape:
             shapes = tuple(weights[name].shape), tuple(value.shape)
-            raise UserError(f"{name} is of shape {shapes[0]} where {shapes[1]} fits")
+            raise UserError(f"{name} is of shape {shapes[0]}, detectron2 expects {shapes[1]}")
     for name in weights:
         if name.rpartition(".")[0] not in layers:
             raise UserError(f"a ResNet that detectron2 does not build: it has no place for {name}")
 
 
 def _training_config(source: str, from_torchvision: bool) -> Dict[str, Any]:
-    """What the config beside a checkpoint of this package says about pixels and strides."""
+    """Reads the keys for pixels and strides from the config beside a checkpoint of this package."""
     try:
         cfg = load_config(str(Path(source).parent / "config.yaml"))
-    except UserError:  # there is none, or it is another program's
+    except UserError:  # there is no config, or it belongs to another program
         return {}
     config = {
         "MODEL.PIXEL_MEAN": list(cfg.MODEL.PIXEL_MEAN),
         "MODEL.PIXEL_STD": list(cfg.MODEL.PIXEL_STD),
     }
-    if not from_torchvision:  # whose pixels are RGB and whose strides are where they are
+    if not from_torchvision:  # for torchvision's ResNet they are already known
         config["INPUT.FORMAT"] = cfg.INPUT.FORMAT
         config["MODEL.RESNETS.STRIDE_IN_1X1"] = cfg.MODEL.RESNETS.STRIDE_IN_1X1
     return config

@@ -1,4 +1,4 @@
-"""The names of an EfficientNet's weights in the package efficientnet_pytorch, and timm's."""
+"""Converts names of an EfficientNet's weights from the package efficientnet_pytorch to timm's."""
 
 import re
 from typing import Dict, Mapping
@@ -15,7 +15,7 @@ _OUTSIDE = {
     "_fc": "classifier",
 }
 _BLOCK = re.compile(r"_blocks\.(\d+)\.(\w+)\.(.+)")
-# Of a block that expands its channels first, and of one that does not.
+# Layers of a block that first expands its channels, and below of a block that does not.
 _EXPANDED = {
     "_expand_conv": "conv_pw",
     "_bn0": "bn1",
@@ -30,10 +30,10 @@ _PLAIN = {**_EXPANDED, "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
 
 
 def timm_names(weights: Mapping[str, Tensor]) -> Dict[str, str]:
-    """Names in a file -> timm's if they are efficientnet_pytorch's; all others stay as they are.
+    """Maps the names in a file to timm's; names that are not efficientnet_pytorch's are kept.
 
-    That package numbers the blocks in one row. timm numbers stages, and blocks within each: a stage
-    begins with a block that puts out other channels than the block before.
+    efficientnet_pytorch numbers all blocks consecutively. timm numbers the stages, and the blocks
+    within each stage. A stage begins where the number of output channels of the blocks changes.
     """
     if "_conv_stem.weight" not in weights:
         return {name: name for name in weights}

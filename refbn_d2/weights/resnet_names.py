@@ -1,4 +1,4 @@
-"""The names of a ResNet's weights: torchvision's, which are timm's, and detectron2's."""
+"""Converts names of a ResNet's weights between detectron2 and torchvision (also timm)."""
 
 import re
 from typing import Dict, Iterable
@@ -7,7 +7,7 @@ from ..errors import UserError
 
 __all__ = ["detectron2_names", "torchvision_names"]
 
-# torchvision, detectron2. A stage has another number in each.
+# Names in torchvision and in detectron2, whose number of a stage is larger by 1.
 _PAIRS = (
     ("conv1.", "stem.conv1."),
     ("bn1.", "stem.conv1.norm."),
@@ -17,9 +17,9 @@ _PAIRS = (
     ("layer{stage}.{block}.downsample.1.", "res{stage}.{block}.shortcut.norm."),
     ("fc.", "linear."),
 )
-# A weight that each ResNet has.
+# Name of a weight that every ResNet has.
 _MARK = {"torchvision": "layer1.0.conv1.weight", "detectron2": "res2.0.conv1.weight"}
-# Of torchvision's names, what is no head: an unknown one of these makes it another network.
+# Names outside a head. If one of them is not in _PAIRS, the network is not torchvision's ResNet.
 _OF_THE_TRUNK = re.compile(r"(?:stem|layer\d*|conv\d*|bn\d+|norm\d*|downsample)\.")
 _IN_A_DETECTOR = re.compile(
     r"(?:module\.)?(?:backbone\.|roi_heads\.)?(?:bottom_up\.)?((?:stem|res[2-5]|linear)\..+)"
@@ -39,7 +39,7 @@ _RULES = {"detectron2": _rules(0, 1), "torchvision": _rules(1, 0)}
 
 
 def _renamed(name: str, to: str) -> str:
-    """``name`` in the other convention, or '' if no ResNet of torchvision's has such a weight."""
+    """Converts a name to the convention ``to``; '' if torchvision's ResNet has no such weight."""
     for pattern, template in _RULES[to]:
         found = pattern.fullmatch(name)
         if found:
@@ -52,20 +52,20 @@ def _renamed(name: str, to: str) -> str:
 
 
 def detectron2_names(names: Iterable[str]) -> Dict[str, str]:
-    """Names in a state dict -> those in a detectron2 backbone file, of what is part of the ResNet.
+    """Maps the names of a ResNet's weights in a state dict to those in a detectron2 backbone file.
 
     Args:
-        names: of torchvision's or timm's ResNet, alone or in a network around it (a classifier of
-            this package, self-supervised pretraining), or of any detectron2 model with a ResNet.
-            Heads are left out.
+        names: names of a ResNet of torchvision or timm, alone or inside another network (a
+            classifier of this package, self-supervised pretraining), or of any detectron2 model
+            with a ResNet. Heads are left out.
 
     Raises:
-        UserError: there is no ResNet, or one with layers that torchvision's has not.
+        UserError: if there is no ResNet, or if it has layers that torchvision's ResNet lacks.
     """
     names = list(names)
     if any(n.endswith(_MARK["detectron2"]) for n in names):
         found = ((n, _IN_A_DETECTOR.fullmatch(n)) for n in names)
-        # detectron2's own converter from torchvision names the linear layer so.
+        # detectron2's own converter from torchvision names the linear layer "stem.fc".
         return {n: m[1].replace("stem.fc.", "linear.") for n, m in found if m}
     marked = [n for n in names if n.endswith(_MARK["torchvision"])]
     if not marked:
@@ -73,7 +73,7 @@ def detectron2_names(names: Iterable[str]) -> Dict[str, str]:
             f"no ResNet in it, neither torchvision's or timm's ({_MARK['torchvision']}) nor "
             f"detectron2's ({_MARK['detectron2']})"
         )
-    # Of a classifier around the network; or of the first of several networks, as MoCo's encoder_q.
+    # Prefix of a network around the ResNet, or of the first of several, such as MoCo's encoder_q.
     prefix = marked[0][: -len(_MARK["torchvision"])]
     renamed = {n: _renamed(n[len(prefix) :], "detectron2") for n in names if n.startswith(prefix)}
     for name, new in renamed.items():
@@ -83,5 +83,5 @@ def detectron2_names(names: Iterable[str]) -> Dict[str, str]:
 
 
 def torchvision_names(names: Iterable[str]) -> Dict[str, str]:
-    """Names in a detectron2 backbone file -> those of torchvision's ResNet."""
+    """Maps the names in a detectron2 backbone file to those of torchvision's ResNet."""
     return {n: _renamed(n, "torchvision") for n in names}

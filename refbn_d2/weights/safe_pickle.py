@@ -1,8 +1,8 @@
-"""Reading files of weights without running what else may be in them: .pkl and .pth.
+"""Reads weights files (.pkl and .pth) without executing code that they may contain.
 
-A pickle names functions and classes, and calls them. Here each name stands for something that
-rebuilds an array, a number or a text after a look at what it is given; a name that no file of
-weights needs is refused.
+A pickle contains names of functions and classes, which the unpickler calls. Here each of these
+names is replaced by a function or class that checks its arguments before it rebuilds an array, a
+number or a string. Names that weights files do not need are refused.
 """
 
 import collections
@@ -28,7 +28,7 @@ _UnpicklingError = pickle.UnpicklingError
 
 
 class _Ignored:
-    """In place of what is no weight: takes what is done to it and does nothing."""
+    """Placeholder for objects that are not weights: accepts all operations and does nothing."""
 
     def __new__(cls, *_: Any) -> "_Ignored":
         return object.__new__(cls)
@@ -40,7 +40,7 @@ class _Ignored:
 
 
 class _DType:
-    """numpy.dtype, of numbers or text; others have parts, which a pickle could set as it likes."""
+    """numpy.dtype of numbers or text. Other types have fields, which a pickle could set freely."""
 
     def __init__(self, name: Any, *_: Any):
         self.numpy = np.dtype(name) if isinstance(name, (str, bytes)) else np.dtype("V")
@@ -48,7 +48,8 @@ class _DType:
             raise _UnpicklingError(f"it has an array of type {name!r}, not of numbers or text")
 
     def __setstate__(self, state: Any) -> None:
-        # What NumPy writes for that type in either byte order; it would take any sizes and flags.
+        # Accept only the states that NumPy writes for this type, in either byte order. NumPy's own
+        # __setstate__ would accept any sizes and flags.
         for dtype in (self.numpy, self.numpy.newbyteorder()):
             if state == dtype.__reduce__()[2]:
                 self.numpy = dtype
@@ -63,11 +64,14 @@ def _checked(dtype: Any) -> np.dtype:
 
 
 class _Array(np.ndarray):
-    """numpy.ndarray, made empty and filled by its state; as a class it would allocate at will."""
+    """numpy.ndarray that is created empty and filled by __setstate__.
+
+    ndarray's own constructor would allocate any size that a pickle asks for.
+    """
 
     def __new__(cls, *args: Any) -> "_Array":
         if args:
-            raise _UnpicklingError("it has an array that NumPy does not write so")
+            raise _UnpicklingError("it has an array in a form that NumPy does not write")
         return np.ndarray.__new__(cls, 0, np.uint8)
 
     def __setstate__(self, state: Any) -> None:
@@ -75,12 +79,12 @@ class _Array(np.ndarray):
         super().__setstate__((version, shape, _checked(dtype), is_fortran, data))
 
     def __reduce_ex__(self, protocol: int) -> Any:
-        return self.view(np.ndarray).__reduce_ex__(protocol)  # to others it is an array like any
+        return self.view(np.ndarray).__reduce_ex__(protocol)  # pickled as a plain array
 
 
 def _reconstruct(kind: Any, shape: Any, _: Any) -> np.ndarray:
     if kind is not _Array or shape != (0,):
-        raise _UnpicklingError("it has an array that NumPy does not write so")
+        raise _UnpicklingError("it has an array in a form that NumPy does not write")
     return _Array()
 
 
@@ -99,13 +103,16 @@ def _latin1(text: str, encoding: str) -> bytes:
 
 
 def _no_bytes(*args: Any) -> bytes:
-    """How protocol 2 writes b"", as the content of an empty array; ``bytes`` would allocate."""
+    """Rebuilds b"", which protocol 2 writes as a call of ``bytes`` without arguments.
+
+    With a number as argument, ``bytes`` would allocate memory.
+    """
     if args:
-        raise _UnpicklingError("it asks for bytes by their number")
+        raise _UnpicklingError("it calls bytes with arguments")
     return b""
 
 
-# How arrays, their types and numbers are rebuilt.
+# Replacements for the names in pickled arrays, types and numbers of NumPy.
 _NUMPY: Dict[Tuple[str, str], Any] = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _DType,
@@ -117,7 +124,7 @@ for _core in ("numpy.core", "numpy._core"):
     _NUMPY[f"{_core}.multiarray", "scalar"] = _scalar
     _NUMPY[f"{_core}.numeric", "_frombuffer"] = _from_buffer
 
-# What training scripts keep beside the weights: their arguments.
+# Classes of arguments that training scripts save beside the weights; their content is ignored.
 _ARGUMENTS: Dict[Tuple[str, str], Any] = dict.fromkeys(
     [
         ("argparse", "Namespace"),
@@ -133,7 +140,7 @@ _ALLOWED: Dict[Tuple[str, str], Any] = {
     **_ARGUMENTS,
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("_codecs", "encode"): _latin1,  # how old protocols write bytes
-    # Of proposals. An enum of whole numbers, which is as good as its number.
+    # In proposal files. It is an IntEnum, so its value is sufficient.
     ("detectron2.structures.boxes", "BoxMode"): int,
 }
 
@@ -152,7 +159,8 @@ def load(file: IO[bytes], encoding: str = "ASCII") -> Any:
     """``pickle.load`` for dicts of arrays, numbers and text.
 
     Raises:
-        pickle.UnpicklingError: the file asks for anything else, or claims more than it has.
+        pickle.UnpicklingError: if the file contains anything else, or declares sizes that exceed
+            the file.
     """
     data = file.read()
     _check_claims(io.BytesIO(data), len(data))
@@ -160,7 +168,7 @@ def load(file: IO[bytes], encoding: str = "ASCII") -> Any:
 
 
 def _check_claims(file: IO[bytes], size: int) -> None:
-    """Raises an error if a length in a pickle, for which memory would be taken, is not true."""
+    """Raises an error if a length for which the unpickler would allocate memory is too large."""
     try:
         for opcode, value, _ in pickletools.genops(file):
             if opcode.name in ("FRAME", "PUT", "BINPUT", "LONG_BINPUT") and value > size:
@@ -176,13 +184,14 @@ _MARK = b"PK\x03\x04"  # the first bytes of a zip file, by which torch.load tell
 def load_torch(file: Union[str, IO[bytes]], map_location: Any = "cpu", **_: Any) -> Any:
     """``torch.load`` for tensors, arrays, numbers, text and containers of them.
 
-    The arguments of a training script (``argparse.Namespace``, paths) are read over. What is
-    loaded is what was checked: a copy in memory, of which each record has its checksum.
+    The arguments of a training script (``argparse.Namespace``, paths) are ignored. The content is
+    loaded from a copy in memory that was checked, including the checksums of a zip file's records.
 
     Raises:
-        pickle.UnpicklingError: the file asks for anything else, claims more than it has, or is
-            compressed: torch.save never does that, and a small file could fill the memory.
-        zipfile.BadZipFile: it is damaged.
+        pickle.UnpicklingError: if the file contains anything else, declares sizes that exceed the
+            file, or is compressed: torch.save does not compress, and a small compressed file could
+            fill the memory.
+        zipfile.BadZipFile: if the file is damaged.
     """
     if isinstance(file, (str, os.PathLike)):
         with open(file, "rb") as f:
@@ -195,7 +204,7 @@ def load_torch(file: Union[str, IO[bytes]], map_location: Any = "cpu", **_: Any)
 
 
 def _stand_ins() -> ContextManager[Any]:
-    """Lets torch.load take what stands for NumPy's names and for arguments, in place of them."""
+    """Makes torch.load use the replacements for NumPy's names and for classes of arguments."""
     safe_globals = getattr(torch.serialization, "safe_globals", None)
     if safe_globals is None:  # before PyTorch 2.5, which refuses them
         return contextlib.nullcontext()
@@ -203,10 +212,10 @@ def _stand_ins() -> ContextManager[Any]:
 
 
 def _checked_archive(file: IO[bytes]) -> IO[bytes]:
-    """A copy of an archive of torch.save, written anew from its records after a look at each.
+    """Copies an archive of torch.save record by record, and checks each record.
 
-    torch.load reads no checksum and follows fields of the archive that zipfile ignores, so that a
-    damaged file may be fine for the one and something else for the other.
+    torch.load does not verify checksums and uses fields of the archive that zipfile ignores. A
+    damaged file could therefore pass zipfile's checks and be read differently by torch.load.
     """
     copy = io.BytesIO()
     with zipfile.ZipFile(file) as source, zipfile.ZipFile(copy, "w") as target:
@@ -224,7 +233,7 @@ def _checked_archive(file: IO[bytes]) -> IO[bytes]:
 
 
 class _Claims(pickle.Unpickler):
-    """Reads a pickle for the number of values that each storage in it is said to have."""
+    """Unpickler that only collects the declared number of values of each storage."""
 
     def __init__(self, file: IO[bytes], values: Dict[Any, int]):
         super().__init__(file)
@@ -242,12 +251,14 @@ class _Claims(pickle.Unpickler):
 
 
 def _checked_storages(file: IO[bytes]) -> IO[bytes]:
-    """A copy of a file of PyTorch before 1.6; an error if it claims more tensors than it has.
+    """Copies a file of PyTorch before 1.6; raises an error if it declares more values than it has.
 
-    torch.load takes memory for them before it looks for their values. The fourth pickle of such a
-    file, behind three numbers and descriptions, has the tensors.
+    torch.load allocates memory for the tensors before it reads their values. The tensors are in the
+    fourth pickle of such a file. The first three are a magic number, the protocol version and a
+    description of the system.
     """
-    data = file.read()  # a file on disk would be asked for, and make room for, what it claims
+    # In memory: when reading a file on disk, the unpickler would allocate any declared length.
+    data = file.read()
     stream = io.BytesIO(data)
     values: Dict[Any, int] = {}
     start = 0
