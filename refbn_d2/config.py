@@ -1,4 +1,4 @@
-"""This package's config keys, loading a config file safely, and giving a model what it says."""
+"""Config keys of this package, safe loading of config files, and configuring a model's norms."""
 
 import difflib
 import itertools
@@ -31,17 +31,17 @@ __all__ = [
     "write_docs",
 ]
 
-# A chain of _BASE_ is a few files long; one that leads back to itself has no end.
+# Limit for a chain of _BASE_ files, which would be endless if it were circular.
 _MAX_FILES = 50
 
 
 @dataclass(frozen=True)
 class Range:
-    """The values that a key may have.
+    """Values that a key may have.
 
     Attributes:
-        text: what comes behind "use" in an error, and into the documentation.
-        holds: whether a value, of the default's type, is one of them.
+        text: description of the values, for the documentation and after "use" in an error message.
+        holds: function that returns whether a value of the default's type is one of them.
     """
 
     text: str
@@ -49,7 +49,7 @@ class Range:
 
 
 def _between(low: float, high: float, text: str) -> Range:
-    """Finite numbers from ``low`` to ``high``, both included."""
+    """Returns the range of finite numbers from ``low`` to ``high``, both included."""
     return Range(text, lambda value: low <= value <= high and math.isfinite(value))
 
 
@@ -65,13 +65,13 @@ _TRUTH = Range("True or False", lambda value: True)
 
 @dataclass(frozen=True)
 class Key:
-    """One config key: all that the package says about it.
+    """One config key.
 
     Attributes:
-        name: its path in the config, with dots.
-        default: its default value, which also fixes its type.
-        range: the values it may have.
-        doc: what it does, as one or more sentences of Markdown.
+        name: path of the key in the config, with dots.
+        default: default value, which also determines the type.
+        range: values that the key may have.
+        doc: description in one or more sentences of Markdown.
     """
 
     name: str
@@ -85,42 +85,45 @@ KEYS: List[Key] = [
         "MODEL.REFBN.PSEUDO_COUNT",
         1.0,
         _between(0, math.inf, "a finite number >= 0"),
-        "Weight k of the reference in samples: lambda1 = k / (N + k). The paper's is 1; 0 is "
-        "BatchNorm.",
+        "Weight k of the reference as a number of samples: lambda1 = k / (N + k) in a batch of N "
+        "samples. The paper uses 1; 0 is BatchNorm.",
     ),
     Key(
         "MODEL.REFBN.REFERENCE.SEED",
         0,
         _SEED,
-        "Which training images, with which augmentation, are the reference batch. It is separate "
-        "from `SEED`, so that runs with different seeds can share a reference and runs with one "
-        "seed can differ in it.",
+        "Seed that selects the training images of the reference batch and their augmentation. It "
+        "is separate from `SEED`, so that runs with different seeds can have the same reference, "
+        "and runs with the same seed different references.",
     ),
     Key(
         "MODEL.REFBN.REFERENCE.NUM_IMAGES",
         0,
         _COUNT,
-        "Size of the reference batch in images, over all processes; 0 is `SOLVER.IMS_PER_BATCH`.",
+        "Number of images in the reference batch, over all processes; 0 means "
+        "`SOLVER.IMS_PER_BATCH`.",
     ),
     Key(
         "MODEL.REFBN.REFERENCE.REFRESH_PERIOD",
         0,
         _COUNT,
-        "Take the reference again from the same images every so many iterations, as the network "
-        "learns. 0 never does (the paper's text), 1 is the literal reading of its Algorithm 2.",
+        "Number of iterations after which the reference statistics are recomputed from the same "
+        "images with the current weights. 0: never, as in the paper's text; 1: in every iteration, "
+        "the literal reading of its Algorithm 2.",
     ),
     Key(
         "MODEL.TIMM.NAME",
         "resnet50",
         _ANY_TEXT,
-        "Of `build_timm_backbone` and `build_timm_fpn_backbone`: a network of timm. Its features "
-        "are named `res1` (stride 2) to `res5` (stride 32).",
+        "Name of the timm network in the backbones `build_timm_backbone` and "
+        "`build_timm_fpn_backbone`. Its features are named `res1` (stride 2) to `res5` (stride "
+        "32).",
     ),
     Key(
         "SOLVER.CHECKPOINT_MAX_TO_KEEP",
         3,
         _COUNT,
-        "How many of the newest checkpoints stay on the disk, besides the final one; 0 keeps all.",
+        "Number of newest checkpoints to keep, besides the final one; 0 keeps all.",
     ),
     Key(
         "DATALOADER.GROUPING_STRENGTH",
@@ -134,47 +137,48 @@ KEYS: List[Key] = [
         "",
         _ANY_TEXT,
         "With `SAMPLER_TRAIN: GroupedTrainingSampler`: the field of a COCO image (or of a dataset "
-        "dict) that says which group it belongs to, e.g. `camera`, `site` or `video`. By default "
-        "the field `group` (or `style`) where the images have it, else the category with the most "
-        "objects in the image.",
+        "dict) that contains its group, e.g. `camera`, `site` or `video`. By default the field "
+        "`group` (or `style`) if an image has it, else the category with the most objects in the "
+        "image.",
     ),
     Key(
         "TEST.COCO_BACKEND",
         "hotcoco",
         _one_of("hotcoco", "pycocotools"),
-        "What computes AP: `hotcoco` (seconds) or `pycocotools` (minutes on COCO val); both give "
-        "the same numbers.",
+        "Package that computes AP: `hotcoco` (seconds) or `pycocotools` (minutes on COCO val); "
+        "both give the same numbers.",
     ),
     Key(
         "MODEL.CLASSIFIER.NUM_CLASSES",
         1000,
         _between(1, math.inf, "a whole number > 0"),
-        "Classes of `ImageClassifier` and `TorchvisionClassifier`.",
+        "Number of classes of `ImageClassifier` and `TorchvisionClassifier`.",
     ),
     Key(
         "MODEL.CLASSIFIER.LABEL_SMOOTHING",
         0.0,
         Range("0 to less than 1", lambda value: 0 <= value < 1),
-        "The share of each label that the loss spreads over all classes.",
+        "The share of each label that the loss distributes evenly over all classes.",
     ),
     Key(
         "MODEL.CLASSIFIER.NETWORK",
         "resnet50",
         _ANY_TEXT,
-        "Of `TorchvisionClassifier`: `lenet5`, `vgg16_32x32`, the name of one of torchvision's "
-        "classifiers, or `timm/` and the name of one of timm's.",
+        "Network of `TorchvisionClassifier`: `lenet5`, `vgg16_32x32`, the name of a torchvision "
+        "classifier, or `timm/` followed by the name of a timm classifier.",
     ),
     Key(
         "MODEL.CLASSIFIER.NORM",
         "BN",
         _ANY_TEXT,
-        "Takes the place of each BatchNorm of the network; empty text leaves none.",
+        "Norm that replaces each BatchNorm of the network; an empty string removes the norms.",
     ),
     Key(
         "MODEL.CLASSIFIER.CHANNELS_LAST",
         False,
         _TRUTH,
-        "Pixels before channels in memory: faster with `SOLVER.AMP.ENABLED` on a GPU.",
+        "Whether to use the channels-last memory format, which is faster with "
+        "`SOLVER.AMP.ENABLED` on a GPU.",
     ),
 ]
 
@@ -187,8 +191,8 @@ _UPSTREAM_RANGES = {
 def add_refbn_config(cfg: CN) -> None:
     """Adds the keys of this package (KEYS) to a detectron2 config. NORM "RefBN" turns RefBN on.
 
-    A norm is built without seeing the config: MODEL.REFBN reaches it through
-    ``refbn_d2.engine.Trainer``, or :func:`apply_norm_config` in a trainer of your own.
+    detectron2 builds norms without the config, so MODEL.REFBN has to be passed to them afterwards:
+    ``refbn_d2.engine.Trainer`` does this; in your own trainer call :func:`apply_norm_config`.
     """
     for key in KEYS:
         node, (*parents, name) = cfg, key.name.split(".")
@@ -197,12 +201,12 @@ def add_refbn_config(cfg: CN) -> None:
                 node[parent] = CN()
             node = node[parent]
         node[name] = key.default
-    # Data sets by name: see register_datasets.
+    # Name -> files of a data set, see register_datasets.
     cfg.DATASETS.REGISTER = CN(new_allowed=True)
 
 
 def keys_table() -> str:
-    """The documentation of KEYS as a Markdown table."""
+    """Returns the documentation of KEYS as a Markdown table."""
     rows = ["| key | default | values | |", "|---|---|---|---|"]
     for key in KEYS:
         default = f'"{key.default}"' if isinstance(key.default, str) else key.default
@@ -211,7 +215,7 @@ def keys_table() -> str:
 
 
 def write_docs(path: str) -> None:
-    """Puts :func:`keys_table` between the two comments of docs/config.md that mark its place."""
+    """Writes :func:`keys_table` between the two comments that mark its place in docs/config.md."""
     with open(path, encoding="utf-8") as f:
         head, rest = f.read().split("<!-- keys -->\n")
     tail = rest.split("<!-- end of keys -->")[1]
@@ -222,22 +226,24 @@ def write_docs(path: str) -> None:
 def load_config(path: str, opts: Optional[List[str]] = None) -> CN:
     """Reads a YAML file and ``KEY VALUE`` overrides into a detectron2 config with RefBN's keys.
 
-    Unlike detectron2's default, Python object tags in the YAML (or its ``_BASE_``) are refused:
-    they would run code. Data sets of DATASETS.REGISTER are known by their names afterwards.
+    Unlike in detectron2, Python object tags in the YAML (or its ``_BASE_``) are refused, because
+    they would execute code. The data sets of DATASETS.REGISTER are registered.
 
     Args:
-        path: the file; "" for the defaults.
+        path: path of the file; "" for the defaults.
         opts: keys and values in turn.
 
     Raises:
-        UserError: the file is missing or not plain YAML, a key is unknown, a value is bad.
+        UserError: if the file is missing or not plain YAML, a key is unknown, or a value is
+            invalid.
     """
     cfg = get_cfg()
     add_refbn_config(cfg)
     if path:
         content = _read_with_bases(path, path, itertools.count(1))
         _check_form(content, cfg, path)
-        # merge_from_file also brings configs of older versions up to date; its reader runs code.
+        # merge_from_file also converts configs of older versions. Its own reader would execute
+        # code.
         with exchanged("detectron2.config:CfgNode.load_yaml_with_base", lambda *_, **__: content):
             _merge(cfg, path, lambda: cfg.merge_from_file(path))
     _merge(cfg, "on the command line", lambda: cfg.merge_from_list(opts or []))
@@ -245,13 +251,14 @@ def load_config(path: str, opts: Optional[List[str]] = None) -> CN:
     return cfg
 
 
-_LONGEST = 10_000  # characters of a text in a config
+_LONGEST = 10_000  # maximum number of characters of a string in a config
 
 
 def _check_form(content: Dict[Any, Any], cfg: CN, where: str, prefix: str = "") -> None:
-    """Raises a UserError that names the key where ``content`` has not the form of ``cfg``.
+    """Raises a UserError that names the first key where the structure differs from ``cfg``.
 
-    Keys that ``cfg`` lacks are left to yacs: an older version of detectron2 may have had them.
+    Keys that ``cfg`` lacks are checked later, by yacs: they may be valid keys of an older version
+    of detectron2.
     """
     for key, value in content.items():
         if not isinstance(key, str):
@@ -276,13 +283,13 @@ def _check_form(content: Dict[Any, Any], cfg: CN, where: str, prefix: str = "") 
 
 
 def _merge(cfg: CN, where: str, merge: Callable[[], None]) -> None:
-    """Raises a UserError that begins with ``where`` if ``merge`` gives ``cfg`` a bad value."""
+    """Calls ``merge``, and raises a UserError that begins with ``where`` if a value is invalid."""
     try:
         merge()
         _check(cfg)
     except UserError as e:
         raise UserError(f"{where}: {e}") from None
-    except (RecursionError, MemoryError):  # of Python's parser, which yacs gives every text
+    except (RecursionError, MemoryError):  # from Python's parser, to which yacs passes every string
         raise UserError(f"{where}: a value is nested too deeply") from None
     except (AttributeError, TypeError) as e:  # a section where a value belongs, or the reverse
         raise UserError(f"{where}: not of the form of a detectron2 config ({e})") from None
@@ -292,12 +299,12 @@ def _merge(cfg: CN, where: str, merge: Callable[[], None]) -> None:
 
 
 def _read_with_bases(path: str, first: str, count: Iterator[int]) -> Dict[str, Any]:
-    """The content of a config file over that of its ``_BASE_``, each file read once.
+    """Reads a config file and merges it into its ``_BASE_``. Each file is read once.
 
     Args:
-        path: the file.
-        first: the file that the user named, for errors.
-        count: counts the files.
+        path: path of the file.
+        first: path of the file that the user named, for error messages.
+        count: counter of the files that were read.
     """
     try:
         if "://" in path:
@@ -324,7 +331,7 @@ def _read_with_bases(path: str, first: str, count: Iterator[int]) -> Dict[str, A
 
 
 def _put_over(content: Dict[str, Any], base: Dict[str, Any], where: str) -> None:
-    """Puts the values of a config over those of its base, in place."""
+    """Overwrites the values of a base, in place, with those of the config."""
     for key, value in content.items():
         if isinstance(value, dict) and key in base:
             if not isinstance(base[key], dict):
@@ -335,7 +342,7 @@ def _put_over(content: Dict[str, Any], base: Dict[str, Any], where: str) -> None
 
 
 def _explained(cfg: CN, message: str) -> str:
-    """The message of yacs, with the likeliest key in place of an unknown one."""
+    """Rewrites a message of yacs: an unknown key is reported with the most similar known key."""
     if "<class 'float'> vs. <class 'int'>" in message:
         return f"{message}; write the number with a decimal point"
     found = re.search(r"Non-existent (?:config )?key: ([\w.]+)", message)
@@ -378,7 +385,7 @@ _ENTRY = ("JSON", "IMAGES")
 
 
 def _make_paths_absolute(content: Dict[str, Any], path: str) -> None:
-    """Makes the paths of DATASETS.REGISTER relative to the file that has them, as _BASE_ is."""
+    """Resolves the paths of DATASETS.REGISTER, which are relative to their file, as _BASE_ is."""
     datasets = content.get("DATASETS")
     entries = datasets.get("REGISTER") if isinstance(datasets, dict) else None
     for entry in entries.values() if isinstance(entries, dict) else ():
@@ -389,13 +396,13 @@ def _make_paths_absolute(content: Dict[str, Any], path: str) -> None:
 
 
 def register_datasets(cfg: CN) -> None:
-    """Makes the data sets of DATASETS.REGISTER known to detectron2 under their names.
+    """Registers the data sets of DATASETS.REGISTER with detectron2.
 
-    Each process of a run needs this once. A name that an earlier config registered with other
-    files now stands for those of ``cfg``.
+    Each process of a run has to call this. If an earlier config registered a name with other
+    files, the name now refers to the files of ``cfg``.
 
     Raises:
-        UserError: a name is that of a data set that did not come from a config.
+        UserError: if a name belongs to a data set that was not registered by a config.
     """
     for name, entry in cfg.DATASETS.REGISTER.items():
         paths = tuple(entry[key] for key in _ENTRY)
@@ -419,6 +426,6 @@ _REGISTERED: Dict[str, Any] = {}
 
 
 def apply_norm_config(model: nn.Module, cfg: CN) -> nn.Module:
-    """Gives the norms of ``model`` what the config says about them; get_norm does not see it."""
+    """Passes the config to the norms of ``model``, because get_norm builds them without it."""
     configure(model, cfg)
     return model
