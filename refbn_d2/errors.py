@@ -1,6 +1,6 @@
-"""Mistakes of a user: reported on one line, without a traceback.
+"""Errors that the user can correct: they are reported in one line, without a traceback.
 
-With REFBN_DEBUG=1 in the environment every error keeps its traceback.
+With REFBN_DEBUG=1 in the environment every error has its traceback.
 """
 
 import errno
@@ -15,11 +15,14 @@ __all__ = ["UserError", "one_line_errors", "quiet_user_errors"]
 
 
 class UserError(Exception):
-    """A mistake that the user can mend; the message names the thing, the value and the remedy."""
+    """Error that the user can correct; the message names the item, its value and the remedy."""
 
 
 class _NoTraceback(logging.Filter):
-    """Puts the line for the user in place of the traceback (TrainerBase logs every exception)."""
+    """Logging filter that replaces the traceback of a user's error by its one-line message.
+
+    It is needed because detectron2's TrainerBase logs every exception.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
         message = None
@@ -36,15 +39,16 @@ def _debugging() -> bool:
 
 
 def _user_message(error: BaseException) -> Optional[str]:
-    """The line to show if ``error`` is a user's mistake, also one of a worker process; or None.
+    """Returns the line to show for an error that the user can correct, or None for other errors.
 
-    So are a full disk, and the end of another process, which the survivors only hear of.
+    Errors of worker processes, a full disk, and a lost connection to another process also have a
+    line.
     """
     # Worker processes (data loader, launch) put the remote traceback into the message.
     remote = re.findall(r"^(?:refbn_d2[\w.]*)?\bU\w+Error: (.*)$", str(error), flags=re.MULTILINE)
     if remote:
         return _shortened(remote[-1])
-    # A loss that is not finite: logged before it becomes a UserError.
+    # FloatingPointError: the loss is not finite. It is logged before Trainer raises a UserError.
     if isinstance(error, (UserError, FloatingPointError)):
         return _shortened(" ".join(str(error).split()))
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -52,24 +56,24 @@ def _user_message(error: BaseException) -> Optional[str]:
         return f"{where} cannot be written: {error.strerror}; make room, start again with --resume"
     if type(error).__name__ == "DistBackendError" or "gloo/transport" in str(error):
         return (
-            "the connection to another process of the run is lost: it has ended, and says why if "
-            "it could; start again with --resume"
+            "the connection to another process of the run is lost, because that process has ended; "
+            "look for its own error message, and start again with --resume"
         )
     return None
 
 
 def _shortened(line: str) -> str:
-    """Without its middle, if a value in it is very long; the remedy is at the end."""
+    """Removes the middle of a very long line; the end is kept, because the remedy is there."""
     return line if len(line) <= 800 else f"{line[:500]} [...] {line[-250:]}"
 
 
 def quiet_user_errors() -> None:
-    """Keeps detectron2's training loop from logging the traceback of a user's mistake."""
+    """Prevents detectron2's training loop from logging the traceback of a user's error."""
     logging.getLogger("detectron2.engine.train_loop").addFilter(_NoTraceback())
 
 
 def one_line_errors(main: Callable) -> Callable:
-    """Makes the command ``main`` end a user's mistake with one line and exit status 1.
+    """Makes the command ``main`` report a user's error in one line and exit with status 1.
 
     With REFBN_DEBUG=1 in the environment the error is raised as it is.
     """

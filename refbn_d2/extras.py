@@ -1,4 +1,4 @@
-"""Packages that only a part of refbn_d2 needs, and the extra that brings them."""
+"""Optional packages, which only parts of refbn_d2 need, and the extras that install them."""
 
 import contextlib
 from typing import Dict, Iterator
@@ -7,8 +7,8 @@ from .errors import UserError
 
 __all__ = ["needs_extra"]
 
-# Module that an extra brings -> what pip installs for it. OpenCV is in no extra: pip would put
-# opencv-python-headless over an installed opencv-python, and both own the module cv2.
+# Optional module -> what to install with pip. OpenCV is not part of an extra: pip would install
+# opencv-python-headless although opencv-python, which has the same module cv2, is installed.
 _INSTALLED_BY: Dict[str, str] = {
     "cv2": "opencv-python-headless",
     "hotcoco": "refbn_d2[report]",
@@ -25,13 +25,13 @@ _INSTALLED_BY: Dict[str, str] = {
 
 @contextlib.contextmanager
 def needs_extra(alternative: str = "") -> Iterator[None]:
-    """Turns the failed import of an optional package into one line with the pip command.
+    """Context manager that reports the failed import of an optional package with a pip command.
 
     Args:
-        alternative: what else helps, such as "or set TEST.COCO_BACKEND pycocotools".
+        alternative: another remedy, such as "or set TEST.COCO_BACKEND pycocotools".
 
     Raises:
-        UserError: a package of an extra is not installed.
+        UserError: if a package of an extra is not installed.
     """
     try:
         yield

@@ -6,11 +6,11 @@ __all__ = ["get_logger"]
 
 
 def get_logger(name: str) -> logging.Logger:
-    """A logger below that of detectron2, whose lines go wherever detectron2's own go.
+    """Returns a logger whose parent is detectron2's logger, so that both have the same handlers.
 
-    detectron2's ``setup_logger`` gives handlers to the logger "detectron2" alone: whoever trains
-    has our lines on the terminal and in log.txt then, without another call. Where nobody called it,
-    as without detectron2, warnings are on standard error, which is Python's default.
+    detectron2's ``setup_logger`` adds handlers only to the logger "detectron2". Through them our
+    messages appear on the terminal and in log.txt, without another call. If ``setup_logger`` was
+    not called, for example without detectron2, warnings go to standard error, Python's default.
 
     Args:
         name: ``__name__`` of the module that logs.

@@ -1,4 +1,4 @@
-"""Teaches detectron2's get_norm the names of the table of norm types."""
+"""Makes detectron2's get_norm build the norms of this package's table of norm types."""
 
 import functools
 import types
@@ -26,17 +26,18 @@ logger = get_logger(__name__)
 
 __all__ = ["UnknownNormError", "known_norms", "register", "register_norm", "unregister_norm"]
 
-# What upstream's get_norm has known in one version or another; it keeps its table to itself. These
-# names mean what upstream makes of them, and ours only where a version (0.6: LN) lacks them.
+# Names that get_norm knows in at least one version of detectron2. Its table is a local variable, so
+# the names of the installed version cannot be listed. detectron2 builds these norms itself; our
+# table is used only if the installed version lacks the name (LN in 0.6).
 _UPSTREAM = ("BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 
 _BATCH_NORM = {"convertible": True, "affine_in_eval": True, "needs_running_stats": True}
 
-# Those of them that norms.table, which must do without detectron2 and torchvision, cannot have.
+# Those of them that norms.table cannot contain, because it must not need detectron2 or torchvision.
 _UPSTREAM_TYPES = {
     "FrozenBN": NormType(FrozenBatchNorm2d, FrozenBatchNorm2d, **_BATCH_NORM),
     "GN": NormType(partial(nn.GroupNorm, 32)),
-    # Over the channels of each pixel, unlike GN1.
+    # Normalizes over the channels of each pixel, unlike GN1.
     "LN": NormType(partial(LayerNorm2d, eps=1e-6)),
     "nnSyncBN": NormType(nn.SyncBatchNorm),
     "naiveSyncBN": NormType(NaiveSyncBatchNorm, NaiveSyncBatchNorm, **_BATCH_NORM),
@@ -45,18 +46,17 @@ _UPSTREAM_TYPES = {
 
 
 class UnknownNormError(UserError, KeyError):
-    """A norm type nobody knows. (Also a KeyError, which is what upstream raises.)"""
+    """Unknown norm type. It is also a KeyError because upstream raises one."""
 
     __str__ = Exception.__str__
 
 
 def register() -> None:
-    """Makes ``get_norm(name, channels)`` know the table, wherever detectron2 or others use it.
+    """Makes detectron2's ``get_norm(name, channels)`` also build the norms of the table.
 
-    ``get_norm`` is imported by name all over, and its table is local to it. So the function object
-    everybody holds stays the one it is and only its code is exchanged, for code that asks
-    :func:`_get_norm` below. It does not matter who imported it when. Calling this again does
-    nothing.
+    Many modules import ``get_norm`` by name, and its table is a local variable. So the function
+    object stays the same and only its code is replaced, by code that calls :func:`_get_norm` below.
+    This also affects modules that imported ``get_norm`` before. Repeated calls have no effect.
     """
     get_norm = batch_norm.get_norm
     if hasattr(get_norm, "refbn_upstream"):
@@ -82,11 +82,11 @@ def register() -> None:
 
 
 class _PerLevelNorms(CycleBatchNormList):
-    """Upstream's list of norms by level, which also answers for the references of its levels."""
+    """Upstream's list of one norm per feature level, with the references of all levels."""
 
     @property
     def has_reference(self) -> bool:
-        """Whether every level holds a reference."""
+        """Whether the norm of every level has a reference."""
         return all(m.has_reference for m in self)
 
     @property
@@ -101,12 +101,14 @@ class _PerLevelNorms(CycleBatchNormList):
 
 
 def _teach_retinanet() -> None:
-    """Gives the norms in RetinaNet's head, which all feature levels share, statistics per level.
+    """Makes RetinaNet's head, which all feature levels share, use one norm per level.
 
-    Upstream does so for "BN" and "SyncBN" by name (CycleBatchNormList) and means to warn of every
-    other BatchNorm, but looks for "BN" in the name of its class. FCOS' head derives from this one.
+    Upstream does this only for the names "BN" and "SyncBN" (with CycleBatchNormList). For every
+    other BatchNorm it is meant to log a warning, but it recognizes one by "BN" in the name of its
+    class. FCOS's head inherits from this head.
     """
-    build = RetinaNetHead.__init__.__wrapped__  # without what reads its arguments from a config
+    # The constructor without the decorator that reads its arguments from a config.
+    build = RetinaNetHead.__init__.__wrapped__
 
     @functools.wraps(build)
     def build_per_level(self, *, input_shape, norm="", **kwargs):
@@ -117,7 +119,7 @@ def _teach_retinanet() -> None:
 
 
 def _per_level(norm: Union[str, Callable, None], num_levels: int) -> Union[str, Callable, None]:
-    """What RetinaNet's head should build where its config says ``norm``."""
+    """Returns what RetinaNet's head has to use as its norm if its config contains ``norm``."""
     if not isinstance(norm, str) or norm not in NORM_TYPES or norm in _UPSTREAM:
         return norm
     kind = NORM_TYPES[norm].kind
@@ -130,7 +132,7 @@ def _per_level(norm: Union[str, Callable, None], num_levels: int) -> Union[str, 
 
 
 def _get_norm(norm: Union[str, Callable, None], out_channels: int) -> Optional[nn.Module]:
-    """What get_norm does now: upstream's names are built by upstream, all others by the table."""
+    """Implements get_norm: upstream builds the norms that it knows, the table all others."""
     if isinstance(norm, str) and norm in NORM_TYPES and norm not in _UPSTREAM:
         return NORM_TYPES[norm].build(out_channels)
     try:
@@ -146,5 +148,5 @@ def _get_norm(norm: Union[str, Callable, None], out_channels: int) -> Optional[n
 
 
 def known_norms() -> List[str]:
-    """All norm types that get_norm knows, upstream's first."""
+    """Returns all norm types that get_norm knows, upstream's first."""
     return [*_UPSTREAM, *(name for name in NORM_TYPES if name not in _UPSTREAM)]

@@ -1,12 +1,13 @@
-"""Every seam into detectron2, fvcore and torch: what this package needs of them beside their API.
+"""Names of detectron2, fvcore and torch that this package replaces, or uses although private.
 
-SEAMS are names that are exchanged for a while, PRIVATE those that are used although they are
-private, and DIFFERENCES what detectron2 0.6 lacks of later versions. tests/test_upstream.py fails
-where an upstream version no longer has them or no longer looks them up, and where the package uses
-a private name that is not listed. One seam is elsewhere: registry.py exchanges the code of
-``get_norm``, and the constructor of RetinaNetHead, for good.
+SEAMS are names that are replaced temporarily, PRIVATE are private names that are used, and
+DIFFERENCES are features of later versions of detectron2 that 0.6 lacks. tests/test_upstream.py
+fails if an upstream version lacks one of these names or no longer looks it up, or if the package
+uses a private name that is not listed. Two permanent replacements are elsewhere: registry.py
+replaces the code of ``get_norm`` and the constructor of RetinaNetHead.
 
-Importing this module is also how a part of the package says that it cannot do without detectron2.
+Parts of the package that need detectron2 import this module, which raises a clear error if it is
+not installed.
 """
 
 import pkgutil
@@ -45,7 +46,7 @@ __all__ = [
     "whole_files",
 ]
 
-# The versions that tests/test_upstream.py has passed with.
+# Versions with which tests/test_upstream.py has passed.
 _DETECTRON2 = "detectron2 0.6 and 02b5c4e"
 _FVCORE = "fvcore 0.1.5"
 _PYCOCOTOOLS = "pycocotools 2.0"
@@ -54,13 +55,14 @@ _TORCH = "torch 2.14"
 
 @dataclass(frozen=True)
 class Seam:
-    """A name that is exchanged.
+    """A name that is replaced temporarily.
 
     Attributes:
-        user: the upstream function that looks the name up, as "module:name".
-        reason: why the exchange is needed.
-        versions: those of ``user`` that were tried.
-        later_user: as ``user``, where versions of detectron2 later than 0.6 look it up elsewhere.
+        user: upstream function that looks the name up, as "module:name".
+        reason: reason for the replacement; "it" is ``user``.
+        versions: versions of ``user`` that were tested.
+        later_user: the same as ``user``, if versions of detectron2 after 0.6 look the name up in
+            another function.
     """
 
     user: str
@@ -72,62 +74,62 @@ class Seam:
 SEAMS: Dict[str, Seam] = {
     "detectron2.engine.defaults:create_ddp_model": Seam(
         "detectron2.engine.defaults:DefaultTrainer.__init__",
-        "it names the GPU of the local rank, which a model on the CPU refuses",
+        "it passes the GPU of the local rank, which is an error for a model on the CPU",
     ),
     "detectron2.config:CfgNode.load_yaml_with_base": Seam(
         "detectron2.config:CfgNode.merge_from_file",
-        "it runs the code of Python tags, and reads each file once more",
+        "it executes the code of Python tags, and reads each file a second time",
     ),
     "detectron2.structures:ImageList.from_tensors": Seam(
         "detectron2.modeling.meta_arch.rcnn:GeneralizedRCNN.preprocess_image",
-        "it has no argument for the size to pad a share of a batch to",
+        "it has no argument for the size to which the images of a part of a batch are padded",
     ),
     "detectron2.data.build:DatasetCatalog": Seam(
         "detectron2.data.build:get_detection_dataset_dicts",
-        "it calls the function of a data set, whose dicts were read and checked before",
+        "it loads a data set again, whose dicts were already read and checked",
     ),
     "detectron2.data.datasets.coco:DatasetCatalog": Seam(
         "detectron2.data.datasets.coco:convert_to_coco_dict",
-        "it calls the function of a data set, whose dicts were read and checked before",
+        "it loads a data set again, whose dicts were already read and checked",
     ),
     "detectron2.data.build:load_proposals_into_dataset": Seam(
         "detectron2.data.build:get_detection_dataset_dicts",
-        "it unpickles the file, which runs whatever code is in it",
+        "it unpickles the file, which executes code in it",
     ),
     "detectron2.data.build:pickle": Seam(
         "detectron2.data.build:load_proposals_into_dataset",
-        "what it loads has been read as data, and checked, before",
+        "it unpickles the file, whose content was already read and checked without executing code",
     ),
     "detectron2.checkpoint.detection_checkpoint:pickle": Seam(
         "detectron2.checkpoint.detection_checkpoint:DetectionCheckpointer._load_file",
-        "it runs whatever code is in a .pkl of weights",
+        "it unpickles a .pkl of weights, which executes code in it",
     ),
     "detectron2.evaluation.coco_evaluation:COCO": Seam(
         "detectron2.evaluation:COCOEvaluator.__init__",
-        "it reads the file once more, and without checks",
+        "it reads the file a second time, without checks",
     ),
     "detectron2.evaluation.coco_evaluation:COCOeval_opt": Seam(
         "detectron2.evaluation.coco_evaluation:_evaluate_predictions_on_coco",
-        "there is no argument for the class that evaluates",
+        "it has no argument for the class that evaluates",
         later_user="detectron2.evaluation:COCOEvaluator._eval_predictions",
     ),
     "detectron2.utils.file_io:PathManager.open": Seam(
         "detectron2.evaluation:COCOEvaluator._eval_predictions",
-        "a run that is killed leaves half a results file under the name of a whole one",
+        "if the run is killed meanwhile, it leaves an incomplete results file",
     ),
     "PIL.Image:open": Seam(
         "detectron2.data.detection_utils:read_image",
-        "it decodes any format, for some of which Pillow starts a program, and any size",
+        "it decodes images of any size and format; for some formats Pillow starts a program",
         f"{_DETECTRON2}, Pillow 10 to 13",
     ),
     "pycocotools.coco:COCO": Seam(
         "detectron2.data.datasets.coco:load_coco_json",
-        "it reads the file once more, and without checks",
+        "it reads the file a second time, without checks",
         f"{_DETECTRON2}, {_PYCOCOTOOLS}",
     ),
     "torch:load": Seam(
         "fvcore.common.checkpoint:Checkpointer._load_file",
-        "it runs code in a .pth, and does not look at the checksums of its records",
+        "it executes code in a .pth, and does not verify the checksums of its records",
         _FVCORE,
     ),
 }
@@ -135,12 +137,12 @@ SEAMS: Dict[str, Seam] = {
 
 @dataclass(frozen=True)
 class Private:
-    """A name that is used although upstream calls it private.
+    """A private name of upstream that this package uses.
 
     Attributes:
-        user: the module of this package that uses it.
-        reason: why.
-        versions: those that were tried.
+        user: module of this package that uses it.
+        reason: reason for its use.
+        versions: upstream versions that were tested.
     """
 
     user: str
@@ -150,22 +152,22 @@ class Private:
 
 PRIVATE: Dict[str, Private] = {
     "detectron2.utils.comm:_LOCAL_PROCESS_GROUP": Private(
-        "upstream", "0.6 has no other way to set it than launch()", _DETECTRON2
+        "upstream", "in 0.6 only launch() can set it otherwise", _DETECTRON2
     ),
     "detectron2.engine.train_loop:TrainerBase._hooks": Private(
-        "engine.trainer", "some hooks of upstream's are replaced or run again", _DETECTRON2
+        "engine.trainer", "some of upstream's hooks are replaced or called again", _DETECTRON2
     ),
     "detectron2.engine:DefaultTrainer._trainer": Private(
-        "engine.trainer", "holds the wrapped model, the loader and the optimizer", _DETECTRON2
+        "engine.trainer", "contains the wrapped model, the loader and the optimizer", _DETECTRON2
     ),
     "detectron2.engine.hooks:EvalHook._func": Private(
-        "engine.trainer", "ours evaluates with the same function", _DETECTRON2
+        "engine.trainer", "the hook that replaces it calls the same function", _DETECTRON2
     ),
     "detectron2.engine.hooks:EvalHook._period": Private(
-        "engine.trainer", "ours evaluates as often", _DETECTRON2
+        "engine.trainer", "the hook that replaces it has the same period", _DETECTRON2
     ),
     "detectron2.evaluation:COCOEvaluator._do_evaluation": Private(
-        "evaluation.coco_evaluator", "whether there are annotations to renumber", _DETECTRON2
+        "evaluation.coco_evaluator", "tells whether there are annotations to renumber", _DETECTRON2
     ),
     "torch.nn.modules.batchnorm:_NormBase": Private(
         "norms.running", "the base of all norms with running statistics"
@@ -181,15 +183,15 @@ PRIVATE: Dict[str, Private] = {
         "norms.convert", "the base of InstanceNorm in all dimensions"
     ),
     "torch.nn:Module._modules": Private("norms.convert", "a shared layer is replaced everywhere"),
-    "torch.nn:Module._parameters": Private("norms.convert", "a None among them must stay one"),
-    "torch.nn:Module._buffers": Private("norms.convert", "a None among them must stay one"),
+    "torch.nn:Module._parameters": Private("norms.convert", "values that are None are preserved"),
+    "torch.nn:Module._buffers": Private("norms.convert", "values that are None are preserved"),
     "torch.nn:Module._forward_hooks": Private("norms.fold", "a layer with hooks is not folded"),
     "torch.nn:Module._forward_pre_hooks": Private("norms.fold", "as for _forward_hooks"),
     "torch.nn:Module._load_state_dict_pre_hooks": Private(
-        "norms.convert", "those of the old layer are not the new one's"
+        "norms.convert", "the new layer must not get those of the old layer"
     ),
     "torch:Tensor._version": Private(
-        "norms.batch_norm_like", "tells whether somebody wrote to a buffer in place"
+        "norms.batch_norm_like", "tells whether a buffer was changed in place"
     ),
     "torch.nn.parallel:DistributedDataParallel._active_ddp_module": Private(
         "norms.processes", "no other way to tell whether DDP's forward pass is running"
@@ -198,29 +200,29 @@ PRIVATE: Dict[str, Private] = {
         "norms.kernels", "tells whether torch.func differentiates"
     ),
     "torch:_C._len_torch_dispatch_stack": Private(
-        "norms.kernels", "tells whether a dispatch mode follows operations"
+        "norms.kernels", "tells whether a dispatch mode intercepts operations"
     ),
     "torch:_C._get_tracing_state": Private("norms.kernels", "tells whether torch.jit traces"),
     "torch:_C._current_graph_task_id": Private(
-        "norms.tracing", "what torch.utils.checkpoint goes by, too"
+        "norms.tracing", "identifies the backward pass, as in torch.utils.checkpoint"
     ),
     "torch.autograd.forward_ad:_current_level": Private(
         "norms.kernels", "tells whether forward-mode differentiation is on"
     ),
     "torch:_dynamo.reset": Private(
-        "benchmarks.norm_cost", "torch.compile gives up after eight shapes of input"
+        "benchmarks.norm_cost", "torch.compile stops compiling after eight input shapes"
     ),
 }
 
-# What later versions of detectron2 have and 0.6 has not -> what is done without it, and where.
+# Feature of later versions of detectron2 that 0.6 lacks -> how and where this package handles that.
 DIFFERENCES: Dict[str, str] = {
     "detectron2.utils.comm:create_local_process_group": "create_local_process_group() below",
     "detectron2.utils.events:EventStorage.put_scalar(cur_iter)": (
         "engine/hooks/resume.py sets the storage's iteration first, which works in both"
     ),
     "detectron2.engine.train_loop:SimpleTrainer.__init__(gather_metric_period)": (
-        "that version asks the loader for its iterator as soon as it is built: the __iter__ of "
-        "data/loader.py is a generator, which does nothing before the first batch"
+        "0.6 creates the loader's iterator before training: the __iter__ of data/loader.py is a "
+        "generator, which does nothing before the first batch"
     ),
     "detectron2.engine.defaults:DefaultTrainer.state_dict[_trainer]": (
         "engine/trainer.py adds the optimizer's state under the same key"
@@ -231,8 +233,8 @@ DIFFERENCES: Dict[str, str] = {
 
 @contextmanager
 def exchanged(name: str, value: Any) -> Iterator[None]:
-    """Makes upstream find ``value`` under a name of SEAMS while the block runs."""
-    SEAMS[name]  # an exchange that is not explained there is refused
+    """Context manager that replaces a name of SEAMS by ``value``."""
+    SEAMS[name]  # a KeyError for a name that is not listed there
     owner, _, attribute = name.replace(":", ".").rpartition(".")
     with mock.patch.object(pkgutil.resolve_name(owner), attribute, value):
         yield
@@ -240,7 +242,7 @@ def exchanged(name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def whole_files() -> Iterator[None]:
-    """Within, what upstream writes to local files by PathManager is whole, or not there."""
+    """Context manager in which upstream writes local files atomically through PathManager."""
     upstream_open = PathManager.open
 
     def open_whole(path: str, mode: str = "r", *args: Any, **kwargs: Any) -> ContextManager[IO]:
@@ -253,10 +255,10 @@ def whole_files() -> Iterator[None]:
 
 
 def create_local_process_group(size: int) -> None:
-    """Makes detectron2 know which processes are on one machine; all processes must call it.
+    """Tells detectron2 which processes are on the same machine. All processes must call this.
 
     Args:
-        size: the number of processes on each machine.
+        size: number of processes on each machine.
     """
     if hasattr(comm, "create_local_process_group"):
         return comm.create_local_process_group(size)
