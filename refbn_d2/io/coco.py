@@ -32,7 +32,7 @@ def is_number(value: Any) -> bool:
 
 
 def is_file_name(value: Any) -> bool:
-    """Whether ``value`` is text that the operating system takes for a file's name."""
+    """Whether ``value`` is text that the operating system accepts as a file name."""
     try:
         return isinstance(value, str) and b"\0" not in os.fsencode(value)
     except UnicodeEncodeError:  # half of a surrogate pair

@@ -21,13 +21,13 @@ _DAMAGED = (
     OSError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, SyntaxError,
     MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
-# data/errors.py exchanges Pillow's name for a function that calls this one.
+# Pillow's original function: data/errors.py replaces Image.open by a function that calls this one.
 _open = Image.open
 
 
 @contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Raises a UserError that names the file where Pillow cannot read it."""
+    """Context manager that raises a UserError with the file's name if Pillow cannot read it."""
     try:
         yield
     except FileNotFoundError:
@@ -47,7 +47,7 @@ def open_image(file: Union[str, Path, IO[bytes]], name: str) -> Image.Image:
         name: Name of the file for messages.
 
     Raises:
-        UserError: If the file has another format or is damaged; naming it.
+        UserError: If the file has another format or is damaged. The message names the file.
         FileNotFoundError: If there is no such file.
     """
     with _named(name):

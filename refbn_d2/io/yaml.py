@@ -55,13 +55,16 @@ for _tag in _NUMBERS:
     _Loader.add_constructor(_tag, _construct_number)
 
 
-# What detectron2's own RetinaNet configs ask Python to evaluate: sizes of anchors.
+# Anchor sizes in detectron2's own RetinaNet configs, which are Python expressions to evaluate.
 _ANCHOR_SIZES = re.compile(r"\[\s*\[(?P<terms>[^]]+)\]\s*for x in\s*\[(?P<sizes>[\d\s,.]+)\]\s*\]")
 _TERM = re.compile(r"x(?:\s*\*\s*2\s*\*\*\s*\(\s*(\d+(?:\.\d+)?)\s*/\s*([1-9]\d*(?:\.\d+)?)\s*\))?")
 
 
 def _construct_anchor_sizes(loader: _Loader, node: yaml.Node) -> List[List[float]]:
-    """[[x, x * 2**(1.0/3), ...] for x in [32, ...]], by its numbers; no other code is read."""
+    """Computes [[x, x * 2**(1.0/3), ...] for x in [32, ...]] by parsing its numbers.
+
+    Other code is an error.
+    """
     text = node.value[0].value if isinstance(node.value, list) and len(node.value) == 1 else ""
     found = _ANCHOR_SIZES.fullmatch(text.strip()) if isinstance(text, str) else None
     terms = [_TERM.fullmatch(t.strip()) for t in found["terms"].split(",")] if found else []
