@@ -1,4 +1,4 @@
-"""Exchanging the BatchNorm layers of a network that was built elsewhere."""
+"""Replaces the BatchNorm layers of a network that another library has built."""
 
 from detectron2.layers import get_norm
 from torch import nn
@@ -12,17 +12,18 @@ __all__ = ["exchange_norms"]
 
 
 def exchange_norms(network: nn.Module, norm: str) -> None:
-    """Exchanges each BatchNorm2d of a network for another norm; activations inside them stay.
+    """Replaces each BatchNorm2d of a network by another norm; activations inside them are kept.
 
-    A norm with BatchNorm's parameters and statistics takes those over, with eps and momentum, which
-    are not the default in every network. Others start as ``get_norm`` makes them.
+    If the new norm has BatchNorm's parameters and statistics, they are copied, and so are eps and
+    momentum, which some networks set to other values than the default. Other norms are initialized
+    by ``get_norm``.
 
     Args:
-        network: changed in place.
-        norm: what ``get_norm`` knows, or "" to take the norms out.
+        network: network to change in place.
+        norm: name that ``get_norm`` knows, or "" to remove the norms.
 
     Raises:
-        ValueError: the network has no BatchNorm2d, or a subclass with behaviour of its own.
+        ValueError: if the network has no BatchNorm2d, or a subclass of it with other behaviour.
     """
     layers = {m: recognized(m) for m in network.modules() if isinstance(m, nn.BatchNorm2d)}
     if norm and not layers:

@@ -29,29 +29,31 @@ logger = get_logger(__name__)
 
 
 class TimmBackbone(Backbone):
-    """The feature extractor of a network of timm (its ``features_only``).
+    """Feature extractor from a network of timm (its ``features_only``), with random weights.
 
-    Features are named as a ResNet's of detectron2, by their stride: res1 is 2, res2 is 4, res3 is
-    8, res4 is 16, res5 is 32. Weights are random.
+    Features are named by their stride, as in detectron2's ResNet: res1 has stride 2, res2 4, res3
+    8, res4 16, res5 32.
 
     Args:
-        name: of a network of timm, with its tag if there is one ("resnet50.a1_in1k").
-        out_features: such as ["res2", "res5"].
-        norm: takes the place of each BatchNorm, whose eps, momentum and activation are kept. A
-            network without any keeps the norms that it has.
-        freeze_at: as MODEL.BACKBONE.FREEZE_AT: what the feature ``res{freeze_at}`` is computed from
-            stays as it is, with FrozenBN for its norms; 1 is the stem, 0 freezes nothing.
-        channels: of the images.
+        name: name of a network of timm, with its tag if there is one ("resnet50.a1_in1k").
+        out_features: names of the features, such as ["res2", "res5"].
+        norm: norm that replaces each BatchNorm; eps, momentum and activation are kept. A network
+            without BatchNorm keeps its norms.
+        freeze_at: number as in MODEL.BACKBONE.FREEZE_AT: all layers from which the feature
+            ``res{freeze_at}`` is computed are frozen, and their norms become FrozenBN; 1 freezes
+            the stem, 0 nothing.
+        channels: number of channels of the images.
 
     Attributes:
-        name: that of the network.
+        name: name of the network.
         features: timm's module, which maps images (N, C, H, W) to a list of features.
-        pixels: what the network was trained with by timm's account: the keys PIXEL_MEAN and
-            PIXEL_STD of MODEL, in the order red, green, blue.
+        pixels: pixel normalization with which the network was trained according to timm: the keys
+            PIXEL_MEAN and PIXEL_STD of MODEL, in the order red, green, blue.
 
     Raises:
-        UserError: timm has no such network or is not installed, or the network has no such
-            features, takes no images of any size, or has a BatchNorm that cannot be exchanged.
+        UserError: if timm has no such network or is not installed, or if the network lacks one of
+            the features, does not accept images of arbitrary size, or has a BatchNorm that cannot
+            be replaced.
     """
 
     def __init__(
@@ -69,12 +71,12 @@ class TimmBackbone(Backbone):
             )
         channels_of = dict(zip(strides, network.feature_info.channels()))
         kept = 1 + max(list(strides).index(f) for f in out_features)
-        if kept < len(strides):  # some networks leave the layers out that come later
+        if kept < len(strides):  # lets timm omit the later layers, if it can for this network
             network = _features_of(name, channels, out_indices=tuple(range(kept)))
         self.features = network
         self._names = list(strides)[:kept]
         frozen = self._parameters_behind([f for f in self._names if int(f[3:]) <= freeze_at])
-        # Nothing trains what no feature needs, and DDP would wait for its gradients.
+        # The other parameters get no gradients, and DDP would wait for these.
         for p in set(network.parameters()) - self._parameters_behind(out_features):
             p.requires_grad_(False)
         try:
@@ -94,7 +96,11 @@ class TimmBackbone(Backbone):
         }
 
     def forward(self, x: Tensor) -> Dict[str, Tensor]:
-        """Images (N, C, H, W) -> each feature by name, (N, channels, H / stride, W / stride)."""
+        """Computes the features of images (N, C, H, W).
+
+        Returns:
+            Each feature by its name, (N, channels, H / stride, W / stride).
+        """
         found = dict(zip(self._names, self.features(x)))
         return {name: found[name] for name in self._out_features}
 
@@ -103,7 +109,7 @@ class TimmBackbone(Backbone):
         return max(self._out_feature_strides.values())
 
     def _parameters_behind(self, names: List[str]) -> Set[nn.Parameter]:
-        """What features depend on."""
+        """Returns the parameters on which the given features depend."""
         if not names:
             return set()
         parameters = list(self.features.parameters())
@@ -122,7 +128,7 @@ def _features_of(name: str, channels: int, **kwargs: Any) -> nn.Module:
         raise UserError(f"MODEL.TIMM.NAME: timm has no network {name!r}{hint}")
     try:
         return timm.create_model(name, features_only=True, in_chans=channels, **kwargs)
-    except Exception as e:  # each kind of network has its own; no weights are asked for
+    except Exception as e:  # the type depends on the network; nothing is downloaded here
         reason = (str(e) or type(e).__name__).splitlines()[0]
         raise UserError(
             f"MODEL.TIMM.NAME {name} has no features for a detector: {reason}"
@@ -130,22 +136,23 @@ def _features_of(name: str, channels: int, **kwargs: Any) -> nn.Module:
 
 
 def _dry_run(name: str, network: nn.Module) -> List[Tensor]:
-    """Features of an empty image, by a network in evaluation mode."""
+    """Computes the features of a black image with the network in evaluation mode."""
     image = torch.zeros(1, next(network.parameters()).shape[1], 64, 96)
     training = network.training
     try:
         return network.eval()(image)
-    except Exception as e:  # each kind of network has its own
+    except Exception as e:  # the type depends on the network
         reason = (str(e) or type(e).__name__).splitlines()[0]
         raise UserError(
-            f"MODEL.TIMM.NAME {name} takes no images of any size, as a detector's are: {reason}"
+            f"MODEL.TIMM.NAME {name} does not accept images of arbitrary size, which a detector "
+            f"needs: {reason}"
         ) from None
     finally:
         network.train(training)
 
 
 def _strides(name: str, network: nn.Module) -> Dict[str, int]:
-    """Feature -> stride, after a look at whether the features are what timm says."""
+    """Returns the stride of each feature, after checking that timm describes the features right."""
     strides = network.feature_info.reduction()
     shapes = [tuple(f.shape[1:]) for f in _dry_run(name, network)]
     expected = [
@@ -154,14 +161,18 @@ def _strides(name: str, network: nn.Module) -> Dict[str, int]:
     names = [f"res{math.log2(s):g}" for s in strides]
     if shapes != expected or len(set(names)) < len(names):
         raise UserError(
-            f"MODEL.TIMM.NAME {name}: its features, of strides {strides}, are no maps (channels, "
-            "height, width) of one stride each: take a convolutional network"
+            f"MODEL.TIMM.NAME {name}: its features, of strides {strides}, are not maps (channels, "
+            "height, width) of one stride each: use a convolutional network"
         )
     return dict(zip(names, strides))
 
 
 def _freeze(module: nn.Module, frozen: Set[nn.Parameter]) -> nn.Module:
-    """Freezes the parameters ``frozen`` below a module; returns it, or its FrozenBN."""
+    """Freezes the parameters ``frozen`` in a module and its children.
+
+    Returns:
+        The module, or the FrozenBN that replaces it.
+    """
     own = set(module.parameters())
     if own and own <= frozen:
         for p in own:
@@ -185,11 +196,11 @@ def _build(cfg: CfgNode, input_shape: ShapeSpec, out_features: List[str]) -> Tim
     given = {k: [round(v, 3) for v in cfg.MODEL[k]] for k in backbone.pixels}
     given["FORMAT"] = cfg.INPUT.FORMAT
     if given == wanted:
-        logger.info("Pixels are as %s was trained with", backbone.name)
+        logger.info("Pixels are normalized as in the training of %s", backbone.name)
     else:
         logger.warning(
             "%s was trained with INPUT.FORMAT RGB, MODEL.PIXEL_MEAN %s and MODEL.PIXEL_STD %s; the "
-            "config says %s, %s and %s",
+            "config has %s, %s and %s",
             *(backbone.name, *backbone.pixels.values(), given["FORMAT"]),
             *(given[k] for k in backbone.pixels),
         )
@@ -198,13 +209,13 @@ def _build(cfg: CfgNode, input_shape: ShapeSpec, out_features: List[str]) -> Tim
 
 @BACKBONE_REGISTRY.register()
 def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
-    """The network MODEL.TIMM.NAME with the features MODEL.RESNETS.OUT_FEATURES."""
+    """Builds the network MODEL.TIMM.NAME with the features MODEL.RESNETS.OUT_FEATURES."""
     return _build(cfg, input_shape, cfg.MODEL.RESNETS.OUT_FEATURES)
 
 
 @BACKBONE_REGISTRY.register()
 def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """A feature pyramid (MODEL.FPN) upon the features MODEL.FPN.IN_FEATURES of that network."""
+    """Builds a feature pyramid (MODEL.FPN) on the network's features MODEL.FPN.IN_FEATURES."""
     return FPN(
         bottom_up=_build(cfg, input_shape, cfg.MODEL.FPN.IN_FEATURES),
         in_features=cfg.MODEL.FPN.IN_FEATURES,

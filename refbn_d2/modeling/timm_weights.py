@@ -1,4 +1,4 @@
-"""timm's names of weights, in a detector whose backbone is timm's."""
+"""Converts timm's names of weights to the names in a detector with a timm backbone."""
 
 from typing import Dict, Mapping
 
@@ -15,18 +15,18 @@ _STATISTICS = ("running_mean", "running_var")
 
 
 def with_detector_names(model: nn.Module, weights: Dict[str, Tensor]) -> Dict[str, Tensor]:
-    """Weights of a network of timm under the names that they have in a detector.
+    """Gives the weights of a network of timm the names that they have in a detector.
 
     Args:
-        model: the detector.
-        weights: of the network that its backbone is made of, or of anything else.
+        model: detector.
+        weights: weights of the network that is its backbone, or of a detector.
 
     Returns:
-        The backbone's part of ``weights``, or ``weights`` themselves if ``model`` has no backbone
-        of timm's or they are a detector's.
+        The weights of the backbone under their new names; ``weights`` themselves if ``model`` has
+        no timm backbone or if they already have the names of a detector.
 
     Raises:
-        UserError: they are another network's.
+        UserError: if the weights belong to another network.
     """
     for prefix, module in model.named_modules():
         if isinstance(module, TimmBackbone):
@@ -38,16 +38,16 @@ def with_detector_names(model: nn.Module, weights: Dict[str, Tensor]) -> Dict[st
 
 
 def _own_names(backbone: TimmBackbone, weights: Mapping[str, Tensor]) -> Dict[str, str]:
-    """Names in the backbone -> those in a file."""
+    """Maps the names in the backbone to the names in a file."""
     renamed = {new: old for old, new in timm_names(weights).items()}
     expected = {_key(name): name for name in backbone.features.state_dict()}
-    # The network may be part of another one: "module." before each name, "backbone.".
+    # The network may be part of another one: each name then has a prefix such as "backbone.".
     first = next(iter(expected))
     prefix = min((k[: -len(first)] for k in map(_key, renamed) if k.endswith(first)), default="")
     found = {_key(new)[len(prefix) :]: old for new, old in renamed.items()}
     own = {name: found[key] for key, name in expected.items() if key in found}
     state = backbone.features.state_dict()
-    # What the norms of this package hold beyond BatchNorm's weights is in no file of timm's.
+    # Buffers that this package's norms have in addition to BatchNorm's. timm's files lack them.
     optional = {
         f"{path}.{buffer}"
         for path, module in backbone.features.named_modules()
@@ -58,7 +58,7 @@ def _own_names(backbone: TimmBackbone, weights: Mapping[str, Tensor]) -> Dict[st
     for name, value in state.items():
         if name not in own:
             if name not in optional:
-                raise UserError(f"are not of {backbone.name} (MODEL.TIMM.NAME): it has {name}")
+                raise UserError(f"are not of {backbone.name} (MODEL.TIMM.NAME): they lack {name}")
         elif weights[own[name]].shape != value.shape:
             there, here = tuple(weights[own[name]].shape), tuple(value.shape)
             raise UserError(
@@ -69,5 +69,5 @@ def _own_names(backbone: TimmBackbone, weights: Mapping[str, Tensor]) -> Dict[st
 
 
 def _key(name: str) -> str:
-    """A name without the dots: timm's feature extractors flatten modules, a.b into a_b."""
+    """Replaces dots by underscores: timm's feature extractors flatten modules, a.b into a_b."""
     return name.replace(".", "_")

@@ -168,8 +168,8 @@ def test_what_the_features_need_is_trained_where_the_last_stage_is_not_used(name
         ("resnet_50", "no network 'resnet_50'; the closest are resnet50,"),
         ("tf_efficientnet_lite00", "the closest are tf_efficientnet_lite0,"),
         ("zzzz", "no network 'zzzz'$"),
-        ("vit_tiny_patch16_224", "takes no images of any size.*224"),
-        ("swin_tiny_patch4_window7_224", "takes no images of any size.*224"),
+        ("vit_tiny_patch16_224", "does not accept images of arbitrary size.*224"),
+        ("swin_tiny_patch4_window7_224", "does not accept images of arbitrary size.*224"),
     ],
 )
 def test_a_network_that_cannot_be_a_backbone_is_named(name, message):
@@ -193,11 +193,11 @@ def test_without_timm_the_pip_line_is_said(monkeypatch):
 @pytest.mark.parametrize(
     "source, target, message",
     [
-        ("resnet18", LITE0, "it has conv_stem.weight"),
-        (LITE0, "resnet18", "it has conv1.weight"),
-        ("resnet18", "resnet34", "it has layer1.2.conv1.weight"),
+        ("resnet18", LITE0, "they lack conv_stem.weight"),
+        (LITE0, "resnet18", "they lack conv1.weight"),
+        ("resnet18", "resnet34", "they lack layer1.2.conv1.weight"),
         ("resnet18", "resnet26", r"layer1.0.conv1.weight is of shape \(64, 64, 3, 3\) in the file"),
-        (LITE0, "tf_efficientnet_lite1", "it has blocks.1.2.conv_pw.weight"),
+        (LITE0, "tf_efficientnet_lite1", "they lack blocks.1.2.conv_pw.weight"),
     ],
 )
 def test_weights_of_another_backbone_are_refused(tmp_path, source, target, message):
@@ -210,12 +210,12 @@ def test_weights_of_another_backbone_are_refused(tmp_path, source, target, messa
 def test_pixels_of_the_pretraining_are_stated(caplog):
     caplog.set_level("INFO")
     _model(LITE0)
-    assert "Pixels are as tf_efficientnet_lite0 was trained with" in caplog.text
+    assert "Pixels are normalized as in the training of tf_efficientnet_lite0" in caplog.text
     caplog.clear()
     _model("resnet18", "INPUT.FORMAT", "BGR")
     (line,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert "INPUT.FORMAT RGB, MODEL.PIXEL_MEAN [123.675, 116.28, 103.53]" in line
-    assert "the config says BGR, [127.5, 127.5, 127.5]" in line
+    assert "the config has BGR, [127.5, 127.5, 127.5]" in line
 
 
 def test_the_pretrained_config_with_refbn_captures_its_reference_trains_and_is_evaluated(
