@@ -1,8 +1,8 @@
-"""What each command does: refbn_d2/commands/NAME.py has main(), tools/ starts it."""
+"""The commands: main() in refbn_d2/commands/NAME.py. The scripts in tools/ start them, too."""
 
 import warnings
 
-# A command's process is its own: warnings about the code of detectron2 and fvcore, on which no
-# user can act, are not shown.
+# Each command runs in its own process, so filters do not affect other code. Users cannot act on
+# these warnings, which are about the code of detectron2 and fvcore.
 warnings.filterwarnings("ignore", ".*torch.jit.script. is deprecated", FutureWarning)
 warnings.filterwarnings("ignore", "torch.meshgrid: in an upcoming release", UserWarning)

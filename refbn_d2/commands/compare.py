@@ -1,9 +1,9 @@
 """Trains detectors that differ in their norm, and reports whether their AP differs.
 
-run      trains what a matrix file lists: norms x seeds x images per batch x grouping
-status   of the runs: done, running, queued or failed, and the time left
-cancel   ends the runs; they save before
-report   from run folders, or from COCO results files: report.json, report.md, report.html
+run      trains the runs of a matrix file: norms x seeds x images per batch x grouping
+status   lists the runs: done, running, queued or failed, and the time left
+cancel   stops the runs after they have saved a checkpoint
+report   writes report.json, report.md and report.html from run folders or COCO results files
 """
 
 import argparse
@@ -22,59 +22,61 @@ from ..evaluation.printable import printable
 
 
 def add_run(commands) -> None:
-    parser = commands.add_parser("run", help="train and evaluate what a matrix file lists")
+    parser = commands.add_parser("run", help="train and evaluate the runs of a matrix file")
     parser.add_argument(
         "matrix", help="YAML file, or Matrix/quickstart.yaml and others that come with the package"
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of the run folders")
-    parser.add_argument("--num-gpus", type=int, default=0, help="of each run; 0 for the CPU")
+    parser.add_argument("--num-gpus", type=int, default=0, help="GPUs of each run; 0 for the CPU")
     parser.add_argument(
-        "--jobs", type=int, help="runs at a time, sharing the cores, each with own GPUs; default 1"
+        "--jobs",
+        type=int,
+        help="simultaneous runs, which share the CPU cores but no GPUs; default 1",
     )
     add_executor(parser)
     parser.add_argument(
         "--until-decided",
         action="store_true",
-        help="add seeds where a comparison is undecided, at looks fixed beforehand",
+        help="add seeds while a comparison is undecided, at interim looks fixed beforehand",
     )
     parser.add_argument(
-        "--max-seeds", type=int, default=12, help="runs a norm; default %(default)s"
+        "--max-seeds", type=int, default=12, help="maximum runs per norm; default %(default)s"
     )
     parser.add_argument(
         "--margin",
         type=float,
         default=MARGIN,
-        help="a difference of AP within +-MARGIN is practically none; default %(default)s",
+        help="differences of AP within +-MARGIN count as practically zero; default %(default)s",
     )
-    parser.add_argument("--baseline", metavar="NAME", help="default: the first name")
+    parser.add_argument("--baseline", metavar="NAME", help="norm to compare with; default: first")
     parser.set_defaults(function=run)
 
 
 def add_executor(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that say where runs are trained."""
+    """Adds the options for the place where runs are trained."""
     parser.add_argument(
         "--executor",
         choices=("local", "slurm"),
         default="local",
-        help="this machine, or a job of SLURM for each run; default: %(default)s",
+        help="train on this machine, or each run as a job of SLURM; default: %(default)s",
     )
     parser.add_argument(
         "--slurm",
         nargs="+",
         default=[],
         metavar="OPTION[=VALUE]",
-        help="options of sbatch, as partition=gpu time=8:00:00 account=vision mem=64G",
+        help="options of sbatch, such as partition=gpu time=8:00:00 account=vision mem=64G",
     )
 
 
 def sbatch_options(args: argparse.Namespace) -> Mapping[str, Any]:
-    """The options of sbatch in ``--slurm``.
+    """Returns the options of sbatch in ``--slurm``.
 
     Raises:
-        UserError: ``--slurm`` is given for local runs, or ``--jobs`` for SLURM.
+        UserError: if ``--slurm`` is given for local runs, or ``--jobs`` for SLURM.
     """
     if args.executor == "local" and args.slurm:
-        raise UserError("--slurm has options of sbatch: add --executor slurm")
+        raise UserError("--slurm is only for jobs of SLURM: add --executor slurm")
     if args.executor == "slurm" and args.jobs is not None:
         raise UserError("--jobs is for --executor local: SLURM decides how many run at a time")
     pairs = (option.lstrip("-").partition("=") for option in args.slurm)
@@ -97,8 +99,8 @@ def run(args: argparse.Namespace) -> None:
 
         if args.until_decided:
             raise UserError(
-                "--until-decided waits for its runs, jobs of SLURM are not waited for: submit this "
-                "command itself, with sbatch and --executor local"
+                "--until-decided has to wait for its runs, but --executor slurm does not wait: "
+                "submit this command itself with sbatch, with --executor local"
             )
         return submit_matrix(specs, args.output, args.num_gpus, options)
 
@@ -116,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def add_status(commands) -> None:
-    parser = commands.add_parser("status", help="how far the runs are; the time left")
+    parser = commands.add_parser("status", help="show the progress of the runs and the time left")
     parser.add_argument("output", type=Path, help="the --output of run")
     parser.set_defaults(function=status)
 
@@ -128,7 +130,7 @@ def status(args: argparse.Namespace) -> None:
 
 
 def add_cancel(commands) -> None:
-    parser = commands.add_parser("cancel", help="end the runs; they save before")
+    parser = commands.add_parser("cancel", help="stop the runs; they save a checkpoint first")
     parser.add_argument("output", type=Path, help="the --output of run")
     parser.set_defaults(function=cancel)
 
@@ -137,7 +139,7 @@ def cancel(args: argparse.Namespace) -> None:
     from ..experiments.status import cancel
 
     lines = cancel(args.output)
-    print("\n".join(f"told to end: {line}" for line in lines) or "nothing runs or waits")
+    print("\n".join(f"stopping: {line}" for line in lines) or "no run to stop")
 
 
 def add_report(commands) -> None:
@@ -147,29 +149,36 @@ def add_report(commands) -> None:
         "--results",
         nargs="+",
         metavar="NAME=A.json[,B.json]",
-        help="COCO results of each norm; several files are seeds",
+        help="COCO results of each norm, with one file per seed",
     )
-    source.add_argument("--runs", type=Path, help="a folder below which there are run folders")
+    source.add_argument("--runs", type=Path, help="folder that contains run folders at any depth")
     parser.add_argument("--gt", type=Path, help="COCO ground truth; with --results")
     parser.add_argument("--iou-type", nargs="+", choices=IOU_TYPES, default=list(IOU_TYPES))
-    parser.add_argument("--baseline", metavar="NAME", help="default: the first name")
+    parser.add_argument("--baseline", metavar="NAME", help="norm to compare with; default: first")
     parser.add_argument(
-        "--primary", choices=IOU_TYPES, help="whose AP decides; default: bbox if it is evaluated"
+        "--primary",
+        choices=IOU_TYPES,
+        help="IoU type whose AP decides; default: bbox if it is evaluated",
     )
     parser.add_argument(
         "--margin",
         type=float,
         default=MARGIN,
-        help="a difference of AP within +-MARGIN is practically none; default: %(default)s",
+        help="differences of AP within +-MARGIN count as practically zero; default: %(default)s",
     )
     parser.add_argument(
         "--cluster",
         metavar="FIELD",
-        help="field of the COCO images, as group or video, that names what was drawn as a whole",
+        help="field of the COCO images with their cluster, such as group or video; clusters are "
+        "resampled as a whole",
     )
-    parser.add_argument("--resamples", type=int, default=1000, help="of the images")
-    parser.add_argument("--seed", type=int, default=0, help="of the resamples")
-    parser.add_argument("--images", type=Path, help="folder of the images, to draw some of them")
+    parser.add_argument(
+        "--resamples", type=int, default=1000, help="number of resamples of the images"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the resamples")
+    parser.add_argument(
+        "--images", type=Path, help="folder of the images, to show some of them in the report"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder of the report")
     parser.set_defaults(function=report)
 
@@ -184,14 +193,14 @@ def report(args: argparse.Namespace) -> None:
     if args.images and not args.images.is_dir():
         raise UserError(f"--images {args.images}: no such folder")
     if args.results and not args.gt:
-        raise UserError("--results needs --gt, the ground truth that they were made for")
+        raise UserError("--results needs --gt, the ground truth of the evaluated data set")
     runs = named_results(args.results) if args.results else find_runs(args.runs)
     gt = args.gt or common_ground_truth(runs)
     iou_types = [t for t in IOU_TYPES if t in args.iou_type]
     total = sum(not run.error for run in runs) * len(iou_types)
     console = Console(stderr=True)
     fields = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
-    # Into a log file it would only write blank lines.
+    # In a log file the progress bar would only write blank lines.
     quiet = not console.is_terminal
     with Progress(
         *fields, TimeRemainingColumn(), console=console, transient=True, disable=quiet

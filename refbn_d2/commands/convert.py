@@ -1,4 +1,4 @@
-"""Turns a ResNet's weights into a file that a detector starts from (MODEL.WEIGHTS), or back.
+"""Converts a ResNet's weights to a file from which a detector starts (MODEL.WEIGHTS), or back.
 
     refbn-d2 convert output/imagenet/refbn/model_final.pth backbone.pth
     refbn-d2 convert resnet50.pth backbone.pth --frozen
@@ -6,7 +6,7 @@
 
 SRC is a checkpoint of `refbn-d2 classify` or `refbn-d2 train`, a state dict of a ResNet of
 torchvision or timm (.pth or .safetensors), or a detectron2 backbone (.pth, .pkl or detectron2://).
-It is read without running code from it.
+Code in the file is not executed.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from ..weights.convert import FORMATS, NORMS, Conversion, convert
 
 
 def matched(conversion: Conversion) -> str:
-    """A line a stage: its first weight in either file and how many tensors it has."""
+    """Describes the conversion: a line per stage with its first weight and number of tensors."""
     # "res2.0.conv1.weight" or "layer1.0.conv1.weight": the stage is the first part.
     groups = groupby(conversion.names.items(), lambda pair: pair[1].split(".")[0])
     rows = [list(group) for _, group in groups]
@@ -31,7 +31,7 @@ def matched(conversion: Conversion) -> str:
         for row in rows
     ]
     if conversion.left_out:
-        # A head has a name of its own: what is before the layer's number or the weight's name.
+        # Only the name of the head: the part before the number of a layer or the weight's name.
         parts = dict.fromkeys(re.split(r"\.\d|\.\w+$", n)[0] for n in conversion.left_out)
         shown = ", ".join(list(parts)[:5]) + (", ..." if len(parts) > 5 else "")
         lines.append(f"  left out: {len(conversion.left_out)} tensors ({shown})")
@@ -39,7 +39,7 @@ def matched(conversion: Conversion) -> str:
 
 
 def needed_config(config: dict) -> str:
-    """The YAML that a detector's config must have for the file."""
+    """Returns the YAML that the config of a detector needs for the file."""
     tree: dict = {}
     for key, value in config.items():
         *path, last = key.split(".")
@@ -50,8 +50,8 @@ def needed_config(config: dict) -> str:
     text = yaml.safe_dump(tree, default_flow_style=None, sort_keys=False)
     if "INPUT" not in tree:
         text += (
-            "# PIXEL_MEAN, PIXEL_STD, INPUT.FORMAT and RESNETS.STRIDE_IN_1X1: as SRC was trained; "
-            "it does not say.\n"
+            "# Set PIXEL_MEAN, PIXEL_STD, INPUT.FORMAT and RESNETS.STRIDE_IN_1X1 as in the training"
+            " of SRC, which does not contain them.\n"
         )
     return text
 
@@ -66,8 +66,9 @@ def main():
     parser.add_argument(
         "--norm",
         choices=NORMS,
-        help="what BN or RefBN becomes, the detector's MODEL.RESNETS.NORM; default: what it is. BN "
-        "drops RefBN's reference; FrozenBN is --frozen; any other norm is kept as it is",
+        help="norm to which BN or RefBN is converted, the detector's MODEL.RESNETS.NORM; default: "
+        "no conversion. BN drops RefBN's reference; FrozenBN is the same as --frozen. Other norms "
+        "cannot be converted",
     )
     parser.add_argument(
         "--frozen",
@@ -83,7 +84,7 @@ def main():
     parser.add_argument(
         "--key",
         default="",
-        help="which weights of a checkpoint to take if it has several, as model_ema beside model",
+        help="key of the weights to convert if a checkpoint has several, such as model_ema",
     )
     args = parser.parse_args()
     if args.frozen and args.norm not in (None, "FrozenBN"):
@@ -91,7 +92,7 @@ def main():
     norm = "FrozenBN" if args.frozen else args.norm
     conversion = convert(args.src, args.dst, norm, args.to, args.key)
     print(f"{args.src} -> {args.dst} ({conversion.taken})\n{matched(conversion)}")
-    print(f"norm: {conversion.norm or 'not BatchNorm; kept as it was'}")
+    print(f"norm: {conversion.norm or 'not BatchNorm; unchanged'}")
     if args.to == "detectron2":
         print(
             f"\nA detector that starts from it needs this in its config:\n\n"

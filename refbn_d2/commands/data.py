@@ -1,10 +1,10 @@
-"""Adds a data set in COCO format by a name, and shows what is in one.
+"""Adds a data set in COCO format under a name, and shows the content of a data set.
 
     refbn-d2 data add cells --json train.json --images train --val-json val.json --val-images val
     refbn-d2 data show cells --output cells.html
 
 ``add`` checks the files and writes NAME.yaml: a config with DATASETS.REGISTER and the keys that
-follow from the data. Train with it, or name it as a _BASE_. ``show`` looks for NAME.yaml, too.
+follow from the data. Train with this config, or use it as a _BASE_. ``show`` also finds NAME.yaml.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def _arguments() -> argparse.Namespace:
     )
     commands = parser.add_subparsers(required=True, metavar="add|show")
     add = commands.add_parser("add", help="write NAME.yaml for files in COCO format")
-    add.add_argument("name", help="of the data set; its parts are NAME_train and NAME_val")
+    add.add_argument("name", help="name of the data set; its parts are NAME_train and NAME_val")
     add.add_argument("--json", type=Path, required=True, help="training annotations")
     add.add_argument("--images", type=Path, required=True, help="folder of the training images")
     add.add_argument("--val-json", type=Path, help="validation annotations")
@@ -49,11 +49,11 @@ def _arguments() -> argparse.Namespace:
         default="Pretrained/mask_rcnn_lite0_fpn.yaml",
         help='config of the model, a path or a shipped name (default: %(default)s); "" for none',
     )
-    add.add_argument("--output", type=Path, help="the file to write, NAME.yaml by default")
+    add.add_argument("--output", type=Path, help="file to write; default: NAME.yaml")
     add.set_defaults(run=_add)
     show = commands.add_parser("show", help="write a page about a data set")
-    show.add_argument("name", help="of a data set, of one that was added, or a config file")
-    show.add_argument("--output", type=Path, required=True, help="the page, .html")
+    show.add_argument("name", help="name of a registered or added data set, or a config file")
+    show.add_argument("--output", type=Path, required=True, help="page to write, .html")
     show.add_argument("--samples", type=int, default=12, help="number of images to draw")
     show.set_defaults(run=_show)
     return parser.parse_args()
@@ -103,7 +103,11 @@ def _write(path: Path, content: Dict[str, Any]) -> None:
 
 
 def _keys_of(cfg: CfgNode, names: Sequence[str]) -> Dict[str, Any]:
-    """The config keys that follow from the data; classes must be the same in all parts."""
+    """Returns the config keys that follow from the data.
+
+    Raises:
+        UserError: if the parts have different classes.
+    """
     sets = [load_test_set(cfg, name) for name in names]
     classes = [MetadataCatalog.get(name).thing_classes for name in names]
     for name, other in zip(names[1:], classes[1:]):
@@ -133,7 +137,12 @@ def _files_exist(data: DataSet, name: str) -> None:
 
 
 def _counts(name: str, data: DataSet) -> Tuple[Counter, Counter, List[int], List[float]]:
-    """Objects a class and images a group; objects an image; sqrt of the area of each box."""
+    """Counts objects and measures boxes.
+
+    Returns:
+        The number of objects of each class, the number of images of each group, the number of
+        objects in each image, and the square root of each box's area.
+    """
     classes = MetadataCatalog.get(name).thing_classes
     per_class: Counter = Counter({c: 0 for c in classes})
     groups: Counter = Counter()
@@ -155,8 +164,8 @@ def _summary(cfg: CfgNode, name: str) -> List[str]:
     middle = sorted(sizes)[len(sizes) // 2] if sizes else 0
     empty = per_image.count(0)
     lines = [
-        f"{name}: {len(per_image)} images, {sum(per_image)} objects (the middle one is "
-        f"{middle:.0f} pixels wide and high), at most {max(per_image)} in an image",
+        f"{name}: {len(per_image)} images, {sum(per_image)} objects (median size "
+        f"{middle:.0f} pixels), at most {max(per_image)} in an image",
         "  classes: " + ", ".join(f"{c} {n}" for c, n in per_class.most_common(20)),
     ]
     if groups:
@@ -176,7 +185,7 @@ def _show(args: argparse.Namespace) -> None:
     cfg = load_config(file)
     names = list(cfg.DATASETS.REGISTER) if file else [args.name]
     if not names or names[0] not in DatasetCatalog.list():
-        raise UserError(f"{args.name}: neither a data set, nor is there a {args.name}.yaml")
+        raise UserError(f"{args.name}: neither a data set nor a file, and no {args.name}.yaml")
     parts = []
     for name in names:
         data = load_test_set(cfg, name)

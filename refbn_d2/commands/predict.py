@@ -1,11 +1,11 @@
-"""Runs a trained detector on images or videos: drawn predictions and one COCO results file.
+"""Runs a trained detector on images or videos: draws predictions and writes COCO results.
 
     refbn-d2 predict --weights output/model_final.pth --output predictions photos/*.jpg
     refbn-d2 predict --weights bn/model_final.pth refbn/model_final.pth --output compared photos/
 
-IMAGES are files, folders, patterns or videos. --config-file is the config.yaml beside the weights,
-where training wrote it, unless given. With two files of weights the pictures stand side by side:
-what only one of the two models found is drawn in colour, what both found in grey.
+IMAGES are files, folders, patterns or videos. The default of --config-file is the config.yaml that
+training wrote beside the weights. With two weights files the predictions of both models are drawn
+side by side: objects that only one model found in colour, objects that both found in grey.
 """
 
 import argparse
@@ -35,12 +35,12 @@ RESULTS = "coco_instances_results.json"
 
 
 class Frame(NamedTuple):
-    """One picture to look at.
+    """An image file or a frame of a video.
 
     Attributes:
-        name: of the picture that is written, without its ending.
-        file: where it comes from; a frame of a video has "#" and its number behind the name.
-        image: (H, W, 3), uint8, BGR.
+        name: file name of the picture to write, without suffix.
+        file: path of the file; for a frame of a video with "#" and its number appended.
+        image: pixels, (H, W, 3), uint8, BGR.
     """
 
     name: str
@@ -49,10 +49,10 @@ class Frame(NamedTuple):
 
 
 def find_files(arguments: List[str]) -> List[Path]:
-    """Image and video files that the arguments name: files, folders, or patterns.
+    """Returns the image and video files of the arguments, which are files, folders or patterns.
 
     Raises:
-        UserError: an argument names nothing.
+        UserError: if there is no file for an argument.
     """
     files: Dict[Path, None] = {}
     for argument in arguments:
@@ -78,21 +78,21 @@ def _open_video(path: Path) -> cv2.VideoCapture:
 
 
 def count_frames(path: Path) -> int:
-    """Number of pictures in a file, as far as it says."""
+    """Returns the number of pictures in a file; that of a video may be inexact."""
     if path.suffix.lower() not in _VIDEOS:
         return 1
     return max(1, int(_open_video(path).get(cv2.CAP_PROP_FRAME_COUNT)))
 
 
-# Refuses what is no image, or one that Pillow would start a program for, and names the file.
+# The errors of this reader name the file. It only accepts formats that Pillow decodes itself.
 _read = naming_the_file(lambda d: read_image(d["file_name"], format="BGR"))
 
 
 def frames(path: Path) -> Iterator[Frame]:
-    """The pictures in a file.
+    """Yields the pictures in a file.
 
     Raises:
-        UserError: the file is no image, or a video that OpenCV cannot open.
+        UserError: if the file is not an image, or is a video that OpenCV cannot open.
     """
     if path.suffix.lower() not in _VIDEOS:
         yield Frame(path.stem, str(path), np.ascontiguousarray(_read({"file_name": str(path)})))
@@ -108,20 +108,20 @@ def frames(path: Path) -> Iterator[Frame]:
 
 
 def load_models(args: argparse.Namespace) -> List[Predictor]:
-    """One predictor for each file of weights."""
+    """Builds one predictor for each weights file."""
     models = []
     for weights in args.weights:
         config = args.config_file or Path(weights).parent / "config.yaml"
         if not args.config_file and not config.is_file():
             raise UserError(
-                f"{config}: no such file; say with --config-file which model {weights} is of"
+                f"{config}: no such file; give the config of {weights} with --config-file"
             )
         models.append(Predictor(load_config(find_config(str(config)), args.opts), weights))
     return models
 
 
 def _image_ids(models: List[Predictor]) -> Dict[str, Any]:
-    """Ids of the images of the test data set by file name, so that results can be scored."""
+    """Returns the ids of the test images by file name, so that the results can be evaluated."""
     names = [n for n in models[0].cfg.DATASETS.TEST if n in DatasetCatalog.list()]
     return {Path(d["file_name"]).name: d["image_id"] for n in names for d in DatasetCatalog.get(n)}
 
@@ -129,7 +129,7 @@ def _image_ids(models: List[Predictor]) -> Dict[str, Any]:
 def _picture(
     models: List[Predictor], image: np.ndarray, titles: List[str], threshold: float
 ) -> Tuple[np.ndarray, List[Any]]:
-    """The drawn picture, and all detections of each model."""
+    """Returns the picture with predictions of all models, and all detections of each model."""
     outputs = [model(image) for model in models]
     found = [o.get("instances") for o in outputs]
     shown = [dict(o) for o in outputs]
@@ -153,7 +153,7 @@ def _titled(image: np.ndarray, title: str) -> np.ndarray:
 
 
 def _titles(weights: List[str]) -> List[str]:
-    """What tells two files of weights apart: the parts of their paths that are not the same."""
+    """Returns short names of the weights files: the parts of their paths that differ."""
     paths = [Path(w).resolve().parts for w in weights]
     titles = [
         "_".join(p for p in parts if not all(p in other for other in paths)) for parts in paths
@@ -167,7 +167,8 @@ def main() -> None:
     """Entry point.
 
     Raises:
-        UserError: bad arguments; or, after all others are done, images that cannot be read.
+        UserError: if arguments are invalid; or, after all other images were processed, if images
+            cannot be read.
     """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -182,10 +183,11 @@ def main() -> None:
         "--score-threshold",
         type=float,
         default=0.5,
-        help="of what is drawn (default: %(default)s); the results file has all detections",
+        help="minimum score of the detections to draw (default: %(default)s); the results file "
+        "has all detections",
     )
     parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE ... of the config"
+        "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE ... to override the config"
     )
     args = parser.parse_args()
     if len(args.weights) > 2:
@@ -202,7 +204,7 @@ def main() -> None:
     unread: List[str] = []
     names: Dict[str, int] = {}
     next_id = 1 + max((i for i in ids.values() if isinstance(i, int)), default=0)
-    # None: no bar where nobody looks at a terminal.
+    # disable=None: no progress bar unless stderr is a terminal.
     with tqdm(total=sum(map(count_frames, files)), unit="image", disable=None) as bar:
         for file in files:
             try:
@@ -215,7 +217,7 @@ def main() -> None:
                         if instances is not None:
                             for r in coco_results(instances, image_id, model.metadata):
                                 entries.append({**r, "file_name": frame.file})
-                    # Two folders may have files of one name.
+                    # Files of different folders may have the same name.
                     count = names[frame.name] = names.get(frame.name, 0) + 1
                     name = frame.name if count == 1 else f"{frame.name}_{count}"
                     cv2.imwrite(str(args.output / f"{name}.png"), picture)

@@ -1,11 +1,11 @@
-"""The paper's Table 3: pretrains, converts, trains detectors and writes the report.
+"""Reproduces the paper's Table 3: pretrains, converts, trains detectors and writes the report.
 
-    refbn-d2 reproduce-table3 --dry-run      what would be done, and about how long it takes
+    refbn-d2 reproduce-table3 --dry-run      list the steps and estimate the time
     refbn-d2 reproduce-table3                8 GPUs, COCO and ImageNet below DETECTRON2_DATASETS
     refbn-d2 reproduce-table3 --miniature    every step in minutes on two CPU cores
 
 Protocol A freezes backbones that were pretrained with BN or RefBN; protocol B trains BN and RefBN
-in the detector. Interrupted, the same command goes on where it was. See docs/reproduce.md.
+in the detector. After an interruption the same command continues. See docs/reproduce.md.
 """
 
 import argparse
@@ -29,21 +29,22 @@ from .compare import add_executor, sbatch_options
 FULL, MINIATURE = "Matrix/table3.yaml", "Matrix/table3_miniature.yaml"
 BASELINE = "BN"
 ESTIMATE = """\
-Estimated from what is published for ResNet-50 in large batches (NVIDIA's DeepLearningExamples) and
+Estimated from published numbers for ResNet-50 in large batches (NVIDIA's DeepLearningExamples) and
 Mask R-CNN R50-C4 with FrozenBN (detectron2's model zoo). Live norms and small batches take longer,
-newer GPUs less; evaluation comes on top. Nothing of this was measured here."""
+newer GPUs less. Evaluation is not included. None of the numbers was measured with this package."""
 MEASURED = """\
-Estimated from the steps of R50-C4 in {file}, without loading, communication and evaluation.
-Pretraining, which is not measured there, by what is published for V100s, scaled as the detector."""
-# Of a run at full size: weights and momentum in float32, of which the newest three and the final
-# one stay (SOLVER.CHECKPOINT_MAX_TO_KEEP).
+Estimated from the times of R50-C4's steps in {file}, without data loading, communication and
+evaluation. Pretraining is not measured there: the published number for V100s is scaled by the ratio
+of the measured to the published number for the detector."""
+# Size of the checkpoints of a full-size run: weights and momentum in float32. The newest three and
+# the final one are kept (SOLVER.CHECKPOINT_MAX_TO_KEEP).
 CHECKPOINT_GB = {"pretrain": 0.9, "train": 1.2}
 
 
 def show_plan(
     specs: List[RunSpec], output: Path, num_gpus: int, gpu_check: Optional[Path] = None
 ) -> None:
-    """Prints the steps; how long they take only where numbers of a GPU say something."""
+    """Prints the steps, with estimated times if they run on GPUs."""
     plan = planned_trainings(specs, output, measured_rates(gpu_check) if gpu_check else None)
     unit = "GPU hours" if gpu_check else "V100 hours"
     table = Table("step", "images seen", unit, "folder", "", box=None)
@@ -55,7 +56,7 @@ def show_plan(
         table.add_row(step.what, f"{step.images:,}", hours, str(step.folder), done)
     table.add_row("report", "", "", str(output / "report"))
     console = Console()
-    # A log or a pipe has no width, and a path cut in two is none.
+    # A log or a pipe has no width; with rich's default, paths would be broken into two lines.
     console.width = max(console.width, 160)
     console.print(table)
     if num_gpus:
@@ -63,7 +64,10 @@ def show_plan(
         print(f"\nTo do: {left:,.0f} {unit}, or {left / num_gpus:,.0f} hours on {num_gpus}.")
         print(MEASURED.format(file=gpu_check) if gpu_check else ESTIMATE)
         storage = sum(CHECKPOINT_GB[step.what.split()[0]] for step in plan)
-        print(f"Checkpoints: {storage:,.0f} GB in {output}; docs/reproduce.md has the network.")
+        print(
+            f"Checkpoints: {storage:,.0f} GB in {output}. docs/reproduce.md describes the load on "
+            "the network."
+        )
 
 
 def report(output: Path) -> List[Path]:
@@ -111,7 +115,7 @@ def main() -> None:
         "--gpu-check",
         type=Path,
         metavar="JSON",
-        help="gpu_check.json of make gpu-check, to estimate the hours of --dry-run from",
+        help="gpu_check.json of make gpu-check, from which --dry-run estimates the hours",
     )
     add_executor(parser)
     args = parser.parse_args()
@@ -133,7 +137,7 @@ def main() -> None:
         from ..experiments.slurm import submit_matrix
 
         submit_matrix(specs, output, num_gpus, options)
-        return print("When all are done, the same command writes the report.")
+        return print("When all jobs are done, the same command writes the report.")
     records = run_matrix(specs, output, num_gpus, jobs)
     print("\n".join(map(str, report(output))))
     failed = sum(record["status"] != "finished" for record in records)
