@@ -1,4 +1,4 @@
-"""Data sets in detectron2's standard format: what they hold, and what training cannot use."""
+"""Content and checks of data sets in detectron2's standard format."""
 
 import numbers
 import os
@@ -19,17 +19,17 @@ __all__ = ["Contents", "check_dicts", "contents", "plain_dicts"]
 
 @dataclass
 class Contents:
-    """What the objects of a data set have; crowd regions, which training leaves out, do not count.
+    """Content of a data set. Crowd regions are not counted as objects, as training omits them.
 
     Attributes:
-        images: their number.
-        objects: their number.
-        without_mask: images with an object that has no mask, by file name.
-        with_rle: images with a mask that is no polygon, by file name.
-        without_keypoints: images with an object that has no keypoints, by file name.
-        keypoint_counts: numbers of keypoints that objects have.
-        without_sem_seg: images without a semantic segmentation, by file name.
-        largest_class: the largest number of a class, -1 without objects.
+        images: number of images.
+        objects: number of objects.
+        without_mask: file names of images with an object that has no mask.
+        with_rle: file names of images with a mask in RLE format.
+        without_keypoints: file names of images with an object that has no keypoints.
+        keypoint_counts: different numbers of keypoints per object.
+        without_sem_seg: file names of images without a semantic segmentation.
+        largest_class: largest class index, or -1 without objects.
     """
 
     images: int = 0
@@ -43,7 +43,7 @@ class Contents:
 
 
 def contents(dicts: Iterable[Dict[str, Any]]) -> Contents:
-    """Counts what a data set in detectron2's standard format holds."""
+    """Determines the content of a data set in detectron2's standard format."""
     found = Contents()
     for d in dicts:
         name = str(d.get("file_name", d.get("image_id")))
@@ -68,18 +68,18 @@ def contents(dicts: Iterable[Dict[str, Any]]) -> Contents:
 def plain_dicts(
     dicts: Iterable[Dict[str, Any]], where: str, num_classes: Optional[int] = None
 ) -> List[Dict[str, Any]]:
-    """Dicts of a data set that a function makes, with the types that a COCO file would give.
+    """Converts the dicts of a data set to the types that they would have from a COCO file.
 
-    detectron2 trains on NumPy's numbers and arrays, on tuples, and without sizes or image ids, but
-    cannot always evaluate, write down or compare them. The dicts given are not changed.
+    detectron2 can train with NumPy numbers and arrays, with tuples, and without sizes or image ids,
+    but cannot always evaluate, save or compare them. The given dicts are not changed.
 
     Args:
-        dicts: of detectron2's standard format.
-        where: the data set, for messages.
-        num_classes: number of class names, if there are any.
+        dicts: dicts in detectron2's standard format, returned by a registered function.
+        where: description of the data set, for messages.
+        num_classes: number of class names, or None if the data set has none.
 
     Raises:
-        UserError: naming the image and the field that nothing can be made of.
+        UserError: if a field cannot be converted; the message names the image and the field.
     """
     return [_plain_dict(d, n, where, num_classes) for n, d in enumerate(dicts)]
 
@@ -97,7 +97,7 @@ def _plain_dict(
         if not is_file_name(name):
             raise UserError(f"{where}: entry {position}: file_name is {name!r}, no file's name")
         d["file_name"] = name
-    elif "image" not in d:  # neither on the disk nor in memory
+    elif "image" not in d:  # there is neither a file nor pixels in memory
         raise UserError(f"{where}: entry {position} has no file_name")
     d["image_id"] = _plain(d.get("image_id", position))
     image = f"{where}: image {d.get('file_name', d['image_id'])}"
@@ -117,12 +117,12 @@ def _plain_dict(
 
 
 def _size(file_name: str, where: str) -> Sequence[int]:
-    """(width, height) of an image as detectron2 reads it: turned as its Exif data say."""
+    """Returns (width, height) of an image after rotation according to Exif, as detectron2 does."""
     try:
         with PathManager.open(file_name, "rb") as f, open_image(f, file_name) as image:
             try:
                 turned = image.getexif().get(274, 1) in (5, 6, 7, 8)
-            except Exception:  # damaged Exif data, which detectron2 leaves out of account, too
+            except Exception:  # damaged Exif data, which detectron2 ignores, too
                 turned = False
             return image.size[::-1] if turned else image.size
     except OSError as e:
@@ -156,7 +156,7 @@ def _plain_annotation(
 
 
 def _plain_mask(mask: Any, where: str) -> Any:
-    if isinstance(mask, dict):  # an RLE; compressed as load_coco_json makes it
+    if isinstance(mask, dict):  # RLE, which is compressed here as in load_coco_json
         mask = {k: _plain(v) for k, v in mask.items()}
         if isinstance(mask.get("counts"), list) and not masks_problem([mask], [_tuple(mask)]):
             return mask_util.frPyObjects(mask, *mask["size"])
@@ -172,7 +172,7 @@ def _tuple(mask: Dict[str, Any]) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """``value`` with Python's numbers and lists for NumPy's, and lists for tuples."""
+    """Converts NumPy's numbers and arrays to Python's numbers and lists, and tuples to lists."""
     if isinstance(value, (str, bytes, bool, int, float)):
         return value
     if isinstance(value, (np.ndarray, np.generic)):
@@ -185,12 +185,12 @@ def _plain(value: Any) -> Any:
 
 
 def check_dicts(dicts: Iterable[Dict[str, Any]], where: str) -> None:
-    """Raises a UserError for the first annotation that training could not use.
+    """Raises a UserError for the first annotation that training cannot use.
 
     Args:
-        dicts: of detectron2's standard data set format; of boxes in other modes than XYWH_ABS,
-            which is COCO's, only the numbers are looked at.
-        where: the data set, for the message.
+        dicts: dicts in detectron2's standard format. Boxes in XYWH_ABS, COCO's mode, are checked
+            completely; of boxes in other modes only whether the numbers are finite.
+        where: description of the data set, for messages.
     """
     masks, sizes, owners = [], [], []
     for d in dicts:

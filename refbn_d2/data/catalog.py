@@ -8,12 +8,12 @@ __all__ = ["register_once"]
 
 
 def register_once(name: str, load: Callable[[], List[Dict[str, Any]]], **metadata: Any) -> None:
-    """Registers a data set, unless its name is known already; upstream refuses a name twice.
+    """Registers a data set unless its name is already registered, which upstream does not allow.
 
     Args:
         name: Name of the data set.
         load: Function that returns its dicts.
-        metadata: What MetadataCatalog holds about it.
+        metadata: Its entries in MetadataCatalog.
     """
     if name not in DatasetCatalog.list():
         DatasetCatalog.register(name, load)

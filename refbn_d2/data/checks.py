@@ -1,4 +1,4 @@
-"""What is compared before the first step: the config, the training data and the test data."""
+"""Checks before the first step that the config, the training data and the test data match."""
 
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -11,7 +11,7 @@ from .sets import DataSet, load_test_set, load_train_set
 
 __all__ = ["check_test_sets", "check_train_set", "class_keys", "class_names", "set_num_classes"]
 
-# Meta-architecture -> its keys with a number of classes, and where the data set has their names.
+# Meta-architecture -> pairs of (config key with a number of classes, metadata with their names).
 _CLASS_KEYS: Dict[str, Tuple[Tuple[str, str], ...]] = {
     "GeneralizedRCNN": (("MODEL.ROI_HEADS.NUM_CLASSES", "thing_classes"),),
     "PanopticFPN": (
@@ -25,22 +25,23 @@ _CLASS_KEYS: Dict[str, Tuple[Tuple[str, str], ...]] = {
 
 
 def class_keys(cfg: CfgNode) -> Tuple[Tuple[str, str], ...]:
-    """The config keys with the number of classes of the model, each with the metadata's names.
+    """Returns the config keys with the model's numbers of classes, each with a metadata key.
 
-    Empty for an architecture that is not detectron2's, or one without classes.
+    The metadata key is that of the class names. Empty for an architecture without classes or one
+    that is not detectron2's.
     """
     return _CLASS_KEYS.get(cfg.MODEL.META_ARCHITECTURE, ())
 
 
 def class_names(cfg: CfgNode, names: Sequence[str]) -> Dict[str, List[str]]:
-    """The names of the classes that the model of ``cfg`` tells apart, in their order.
+    """Returns the names of the classes that the model of ``cfg`` predicts, in their order.
 
     Args:
-        cfg: Config, whose architecture says which classes count.
-        names: Data sets, loaded already; their classes are the same, so the first one's are taken.
+        cfg: config, whose architecture determines the kinds of classes.
+        names: names of loaded data sets; their classes are equal, so those of the first are used.
 
     Returns:
-        "thing_classes", "stuff_classes" or both, as far as the data set has names.
+        The names under "thing_classes", "stuff_classes" or both, if the data set has names.
     """
     metadata = [MetadataCatalog.get(name) for name in names[:1]]
     fields = {field for _, field in class_keys(cfg)}
@@ -54,23 +55,23 @@ def _value(cfg: CfgNode, key: str) -> Any:
 
 
 def set_num_classes(cfg: CfgNode, evaluate: bool = False) -> CfgNode:
-    """The config with the data's number of classes where NUM_CLASSES is 0.
+    """Returns the config with each NUM_CLASSES that is 0 set to the data's number of classes.
 
     Args:
-        cfg: is not changed.
-        evaluate: whether the model is only evaluated: then the data of DATASETS.TEST count.
+        cfg: config, which is not changed.
+        evaluate: whether the model is only evaluated; the classes are then those of DATASETS.TEST.
 
     Raises:
-        UserError: there is no data set, or it has no class names.
+        UserError: if there is no data set, or if it has no class names.
     """
     missing = [(k, field) for k, field in class_keys(cfg) if _value(cfg, k) == 0]
     if not missing:
         return cfg
     names = cfg.DATASETS.TEST or cfg.DATASETS.TRAIN if evaluate else cfg.DATASETS.TRAIN
     if not names:
-        raise UserError(f"{missing[0][0]} is 0, and no data set says how many classes there are")
+        raise UserError(f"{missing[0][0]} is 0, and no data set is given to count classes in")
     if evaluate and cfg.DATASETS.TEST:
-        load_test_set(cfg, names[0])  # loading it fills in the names of its classes
+        load_test_set(cfg, names[0])  # sets the names of its classes in the metadata
     else:
         load_train_set(cfg)
     cfg = cfg.clone()
@@ -89,11 +90,11 @@ def set_num_classes(cfg: CfgNode, evaluate: bool = False) -> CfgNode:
 
 
 def check_train_set(cfg: CfgNode) -> DataSet:
-    """DATASETS.TRAIN, if the model of ``cfg`` can train on it.
+    """Loads DATASETS.TRAIN and checks that the model of ``cfg`` can train on it.
 
     Raises:
-        UserError: classes differ between data sets or from the config, or the annotations lack what
-            the config asks for.
+        UserError: if the classes of data sets and config differ, or if the annotations lack masks,
+            keypoints or segmentations that the config requires.
     """
     data = load_train_set(cfg)
     for key, field in class_keys(cfg):
@@ -118,8 +119,8 @@ def check_test_sets(cfg: CfgNode, trained: bool = True) -> None:
     """Raises a UserError if the classes of DATASETS.TEST are not those of the model.
 
     Args:
-        cfg: the config.
-        trained: whether DATASETS.TRAIN is at hand, to compare the names of the classes with.
+        cfg: config of the model.
+        trained: whether to compare the names of the classes with those of DATASETS.TRAIN.
     """
     for name in cfg.DATASETS.TEST:
         data = load_test_set(cfg, name)
@@ -131,7 +132,7 @@ def check_test_sets(cfg: CfgNode, trained: bool = True) -> None:
 def _check_classes(
     cfg: CfgNode, key: str, field: str, name: str, largest: int, other: Optional[str] = None
 ) -> None:
-    """Compares a data set's classes with the config and those of the first training set."""
+    """Compares the classes of a data set with the config and with the classes of ``other``."""
     classes = MetadataCatalog.get(name).get(field)
     number = _value(cfg, key)
     wanted = MetadataCatalog.get(other).get(field) if other else None

@@ -1,4 +1,4 @@
-"""COCO instance annotations: each file is read and checked once a process."""
+"""Reads and checks COCO instance annotations; each file is read once per process."""
 
 import contextlib
 import io
@@ -19,41 +19,41 @@ __all__ = ["coco_files_read_once", "keep_content", "read_coco"]
 
 _Stamp = Optional[Tuple[int, int]]  # time of the last change and size in bytes
 
-# Path -> (stamp, content) of files that evaluation needs again.
+# Path -> (stamp, content) of files that evaluation will read again.
 _KEPT: Dict[str, Tuple[_Stamp, Dict[str, Any]]] = {}
-# Paths whose content was made here: what is in the file, if it is written yet, is the same.
+# Paths whose content this process has in memory, even if the file is not written yet.
 _MADE: Set[str] = set()
-# Files of which an evaluation demands more than training does, as far as they were checked.
+# Files that have passed the checks for evaluation, which are stricter than those for training.
 _CHECKED: Set[Tuple[str, _Stamp]] = set()
 
 
 def keep_content(path: str, content: Dict[str, Any]) -> None:
-    """Makes ``content`` what :func:`read_coco` finds at ``path``, be the file there or not."""
+    """Makes :func:`read_coco` use ``content`` for ``path``, even if the file does not exist."""
     _MADE.add(path)
     _KEPT[path] = None, content
     _CHECKED.discard((path, None))
 
 
 def read_coco(path: str, evaluated: bool = True) -> COCO:
-    """pycocotools' COCO of a file, as ``COCO(path)`` but checked, and read once a process.
+    """Reads pycocotools' COCO from a file, like ``COCO(path)``, but with checks and only once.
 
-    The caller may change what it gets. An annotation without ``iscrowd`` gets 0, which pycocotools
-    takes for granted.
+    The caller may change the result. Annotations without ``iscrowd``, which pycocotools requires,
+    get the value 0.
 
     Args:
-        path: annotations in COCO format.
-        evaluated: whether they will be evaluated; the content is then kept for the next time.
+        path: path of annotations in COCO format.
+        evaluated: whether they will be evaluated; the content is then kept for the next call.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        UserError: naming the file and the first entry that is wrong.
+        FileNotFoundError: if the file does not exist.
+        UserError: if an entry is invalid; the message names the file and the first such entry.
     """
     path = PathManager.get_local_path(path)
     stamp = None if path in _MADE else _stamp(path)
     kept = _KEPT.get(path)
     content = kept[1] if kept and kept[0] == stamp else read_json(Path(path))
     if (path, stamp) not in _CHECKED:
-        # Without annotations it is one of COCO's test sets, whose evaluation is on a server.
+        # COCO's test sets have no annotations, because they are evaluated on a server.
         whole = {"annotations": [], **content} if isinstance(content, dict) else content
         check_ground_truth(Path(path), whole, ["bbox"], evaluated)
         _check_for_detectron2(path, whole)
@@ -75,15 +75,15 @@ def _stamp(path: str) -> _Stamp:
 
 
 def _copy(annotation: Dict[str, Any]) -> Dict[str, Any]:
-    """An annotation that load_coco_json and COCOeval may change, as they do."""
+    """Copies an annotation, because load_coco_json and COCOeval change theirs."""
     copied = {"iscrowd": 0, **annotation}
-    if "keypoints" in copied:  # load_coco_json moves them by half a pixel, in place
+    if "keypoints" in copied:  # load_coco_json shifts them by half a pixel in place
         copied["keypoints"] = list(copied["keypoints"])
     return copied
 
 
 def _check_for_detectron2(path: str, content: Dict[str, Any]) -> None:
-    """Raises a UserError for what detectron2's load_coco_json takes for granted or asserts."""
+    """Raises a UserError if a requirement of detectron2's load_coco_json is not fulfilled."""
     if not content["categories"]:
         raise UserError(f"{path}: has no categories")
     for category in content["categories"]:
@@ -94,14 +94,14 @@ def _check_for_detectron2(path: str, content: Dict[str, Any]) -> None:
             raise UserError(f"{path}: image {image['id']} has no file_name")
         if not is_file_name(image["file_name"]):
             raise UserError(
-                f"{path}: image {image['id']} has file_name {image['file_name']!r}, which no file "
-                "can have"
+                f"{path}: image {image['id']} has file_name {image['file_name']!r}, which is not a "
+                "valid file name"
             )
     for annotation in content["annotations"]:
         if annotation.get("ignore", 0) != 0:
             raise UserError(
                 f"{path}: annotation {annotation['id']} has ignore {annotation['ignore']!r}, which "
-                "detectron2 does not know: use iscrowd 1"
+                "detectron2 does not support: use iscrowd 1"
             )
         points = annotation.get("keypoints", [])
         if not isinstance(points, list) or len(points) % 3 or not all(map(is_number, points)):
@@ -112,16 +112,16 @@ def _check_for_detectron2(path: str, content: Dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def coco_files_read_once(evaluated: bool) -> Iterator[List[COCO]]:
-    """Within, detectron2 reads COCO files by :func:`read_coco`.
+    """Context manager in which detectron2 reads COCO files with :func:`read_coco`.
 
-    detectron2 has no argument for it: load_coco_json imports pycocotools' class when it is called,
-    and COCOEvaluator looks up the name in its own module.
+    detectron2 has no argument for the reader: load_coco_json imports pycocotools' class when it is
+    called, and COCOEvaluator looks up the class in its own module.
 
     Args:
         evaluated: as for :func:`read_coco`.
 
     Yields:
-        What was read so far, in order; empty after the block.
+        List of the COCO objects that were read so far, in order; it is emptied after the block.
     """
     read: List[COCO] = []
 
@@ -140,7 +140,7 @@ def coco_files_read_once(evaluated: bool) -> Iterator[List[COCO]]:
 
 
 def _class_like(reader: Any) -> Any:
-    """pycocotools' COCO, still a class, but what it makes of a file is the reader's."""
+    """Returns a subclass of pycocotools' COCO that reads files with ``reader``."""
 
     class ReadOnce(COCO):
         def __new__(cls, annotation_file=None):

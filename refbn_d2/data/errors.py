@@ -17,15 +17,18 @@ __all__ = ["annotation_files", "dataset_errors", "image_errors", "naming_the_fil
 
 
 def annotation_files(names: Sequence[str]) -> str:
-    """The files of registered data sets, for messages; a name stands for itself without one."""
+    """Returns the annotation files of data sets for a message; without a file, the set's name."""
     return ", ".join(MetadataCatalog.get(n).get("json_file", n) for n in names)
 
 
 @contextmanager
 def dataset_errors(names: Sequence[str]) -> Iterator[None]:
-    """Turns an unknown name and a missing file into a UserError, while ``names`` are loaded.
+    """Context manager that turns an unknown name or a missing file into a UserError.
 
-    Other errors are the mistake of whoever wrote the code that loads, and keep their traceback.
+    Other errors are errors in the code of the data set, and keep their traceback.
+
+    Args:
+        names: Names of the data sets that are loaded in the block.
     """
     for name in names:
         if name not in DatasetCatalog.list():
@@ -41,7 +44,7 @@ def dataset_errors(names: Sequence[str]) -> Iterator[None]:
 
 
 class _NamingTheFile:
-    """A class, not a closure: worker processes get it by pickling."""
+    """The mapper of naming_the_file: a class and not a closure, so that workers can unpickle it."""
 
     def __init__(self, mapper: Callable[[Dict[str, Any]], Any]):
         self._mapper = mapper
@@ -56,13 +59,13 @@ class _NamingTheFile:
 
 
 def _check_header(image: Image.Image, name: str, size: Tuple[Any, Any]) -> None:
-    """Refuses, before a pixel is decoded, what would go wrong without an error."""
+    """Raises a UserError for an image that would be used wrongly, before its pixels are decoded."""
     if image.mode[0] in "IF":
         raise UserError(
             f"image {name} has more than 8 bits a pixel (Pillow's mode {image.mode}), and would be "
             "clipped at 255: convert it to 8 bits"
         )
-    # Sorted: Exif may turn the image.
+    # Sorted, because Exif may exchange width and height.
     if None not in size and sorted(image.size) != sorted(size):
         raise UserError(
             f"image {name} has {image.size[0]} x {image.size[1]} pixels, its annotations say "
@@ -74,10 +77,10 @@ def _check_header(image: Image.Image, name: str, size: Tuple[Any, Any]) -> None:
 def image_errors(
     check_header: Callable[[Image.Image, str], None] = lambda image, name: None,
 ) -> Iterator[None]:
-    """Within, whoever opens an image by Pillow gets one that can be read, or a UserError.
+    """Context manager in which opening an image with Pillow also decodes it, or raises a UserError.
 
-    The image is decoded when it is opened, so that an error is of the file, and not of the code
-    that uses it.
+    Errors of decoding thus occur when the file is opened, and not later in the code that uses the
+    image.
 
     Args:
         check_header: Called with each image, before its pixels are decoded, and the file's name.
@@ -92,7 +95,7 @@ def image_errors(
         with exchanged("PIL.Image:open", opened):
             yield
     except OSError as e:
-        if e.filename is None:  # not of opening a file
+        if e.filename is None:  # not an error of opening a file
             raise
         missing = isinstance(e, FileNotFoundError)
         problem = "does not exist" if missing else f"cannot be read: {e.strerror}"
@@ -102,6 +105,6 @@ def image_errors(
 def naming_the_file(mapper: Callable[[Dict[str, Any]], Any]) -> Callable[[Dict[str, Any]], Any]:
     """Makes a dataset mapper name the image file when it cannot read it.
 
-    It opens each file once: the checks are made of the image that the mapper opens by Pillow.
+    Each file is opened once: the checks use the image that the mapper opens with Pillow.
     """
     return _NamingTheFile(mapper)

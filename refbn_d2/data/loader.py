@@ -30,7 +30,7 @@ class _Seeded(Dataset):
     def __getitem__(self, item: Tuple[int, int]) -> Any:
         position, index = item
         seed = derived_seed(*self._key, position)
-        if get_worker_info() is not None:  # a worker process, whose random state nobody else uses
+        if get_worker_info() is not None:  # no other code uses a worker process's random state
             seed_rng(seed)
             return self._dataset[index]
         with forked_rng(seed):
@@ -93,7 +93,7 @@ class TrainLoader:
         collate_fn: Callable[[List[Any]], Any] = trivial_batch_collator,
         pin_memory: bool = False,
     ):
-        dataset: Any = dicts  # a Dataset says neither that it has a length nor that it is indexed
+        dataset: Any = dicts  # the type Dataset declares neither a length nor an integer index
         if not isinstance(dataset, Dataset):
             dataset = DatasetFromList(list(dataset), copy=False)
         # Computed in advance, so that skipping batches need not load the dicts.

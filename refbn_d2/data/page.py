@@ -1,4 +1,4 @@
-"""A page about a data set: sample images with boxes and masks, counts, sizes, groups."""
+"""Writes a page about a data set: sample images with boxes and masks, counts, sizes, groups."""
 
 import base64
 import html
@@ -20,7 +20,7 @@ from .errors import naming_the_file
 __all__ = ["write_page"]
 
 Part = Tuple[str, Any, List[str], Tuple[Counter, Counter, List[int], List[float]]]
-_WIDTH = 360  # of a sample, in pixels
+_WIDTH = 360  # maximum width of a sample image in pixels
 
 _read = naming_the_file(lambda d: read_image(d["file_name"], format="RGB"))
 _STYLE = (
@@ -31,13 +31,13 @@ _STYLE = (
 
 
 def write_page(path: Path, parts: Sequence[Part], samples: int) -> None:
-    """Writes the page, which needs no other file.
+    """Writes the page as one HTML file that needs no other files.
 
     Args:
-        path: of the page.
+        path: path of the page.
         parts: name, data set, lines of summary, and counts (objects of each class, images of each
-            group, objects an image, square roots of boxes' areas in pixels) of each part.
-        samples: number of images to draw of each part, spread over its groups.
+            group, objects in each image, square roots of the boxes' areas in pixels) of each part.
+        samples: number of images to draw from each part, spread over its groups.
     """
     blocks = [f"<!DOCTYPE html><meta charset=utf-8><title>data</title><style>{_STYLE}</style>"]
     for name, data, summary, (classes, groups, per_image, sizes) in parts:
@@ -45,7 +45,9 @@ def write_page(path: Path, parts: Sequence[Part], samples: int) -> None:
         blocks += [f"<p>{html.escape(line)}</p>" for line in summary]
         blocks += [_bars("Objects of each class", classes), _bars("Images of each group", groups)]
         blocks.append(_histogram("Objects in an image", per_image))
-        blocks.append(_histogram("Size of an object (pixels, root of its box's area)", sizes))
+        blocks.append(
+            _histogram("Size of an object (square root of its box's area, pixels)", sizes)
+        )
         blocks.append("<h2>Samples</h2>")
         blocks += [_sample(name, data.dicts[n]) for n in _chosen(data, samples)]
     with atomic_write(str(path)) as f:
@@ -53,7 +55,7 @@ def write_page(path: Path, parts: Sequence[Part], samples: int) -> None:
 
 
 def _chosen(data: Any, number: int) -> List[int]:
-    """Images of all groups in turn, the same each time."""
+    """Chooses images from all groups in turn; the choice is the same in every call."""
     groups: Dict[str, List[int]] = {}
     for n, d in enumerate(data.dicts):
         groups.setdefault(str(d.get("group")), []).append(n)
@@ -68,7 +70,7 @@ def _drawn(d: Dict[str, Any], metadata: Metadata) -> np.ndarray:
     annotations = d["annotations"]
     if len(metadata.thing_classes) > 1 or not annotations:
         return visualizer.draw_dataset_dict(d).get_image()
-    # The name of the only class, on each object, would hide small ones.
+    # With only one class its name on each object has no information, and would hide small objects.
     boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
     has_masks = all(a.get("segmentation") for a in annotations)
     masks = [a["segmentation"] for a in annotations] if has_masks else None

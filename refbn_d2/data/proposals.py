@@ -1,4 +1,4 @@
-"""Precomputed proposals (MODEL.LOAD_PROPOSALS), read as data."""
+"""Safe reading of precomputed proposals (MODEL.LOAD_PROPOSALS)."""
 
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -16,20 +16,20 @@ from ..weights import safe_pickle
 
 __all__ = ["checked_proposals"]
 
-# Detectron's names of the keys that detectron2 renames.
+# detectron2's keys -> Detectron's keys, which detectron2 renames.
 _NAMES = {"ids": "indexes", "objectness_logits": "scores", "boxes": "boxes"}
 _upstream = build.load_proposals_into_dataset
 
 
 @contextmanager
 def checked_proposals(cfg: CfgNode) -> Iterator[None]:
-    """Within, detectron2 reads proposal files without running code that may be in them.
+    """Context manager in which detectron2 reads proposal files without executing code in them.
 
-    A plain unpickler runs whatever a file asks it to.
+    Python's own unpickler executes code from the file.
 
     Raises:
-        UserError: data sets and their files of proposals are not of one number; or, within, a file
-            is something else or lacks an image.
+        UserError: if the number of proposal files differs from the number of data sets; in the
+            block, if a file has no proposals or lacks an image.
     """
     for split in ("TRAIN", "TEST") if cfg.MODEL.LOAD_PROPOSALS else ():
         names, files = cfg.DATASETS[split], cfg.DATASETS[f"PROPOSAL_FILES_{split}"]
@@ -46,7 +46,7 @@ def _load_proposals(dicts: List[Dict[str, Any]], path: str) -> List[Dict[str, An
     try:
         with PathManager.open(path, "rb") as f:
             proposals = safe_pickle.load(f, encoding="latin1")
-    except Exception as e:  # whatever a damaged file may raise
+    except Exception as e:  # a damaged file may raise any exception
         reason = (str(e) or type(e).__name__).splitlines()[0]
         raise UserError(f"proposals {path!r} cannot be read: {reason}") from None
     try:
@@ -59,7 +59,7 @@ def _load_proposals(dicts: List[Dict[str, Any]], path: str) -> List[Dict[str, An
 
 
 def _check(proposals: Any, dicts: List[Dict[str, Any]]) -> None:
-    """Raises a ValueError unless each image has boxes and as many logits."""
+    """Raises a ValueError unless each image has an array of boxes and one logit for each box."""
     if not isinstance(proposals, dict):
         raise ValueError(f"a {type(proposals).__name__}, not a dict of ids, boxes and logits")
     lists = {}
@@ -70,7 +70,7 @@ def _check(proposals: Any, dicts: List[Dict[str, Any]]) -> None:
     if len({len(values) for values in lists.values()}) > 1:
         raise ValueError(f"lists of different lengths: { ({k: len(v) for k, v in lists.items()}) }")
     if "bbox_mode" in proposals:
-        BoxMode(proposals["bbox_mode"])  # a ValueError names the value
+        BoxMode(proposals["bbox_mode"])  # raises a ValueError that names an unknown value
     wanted = {str(record["image_id"]) for record in dicts}
     for image, boxes, logits in zip(lists["ids"], lists["boxes"], lists["objectness_logits"]):
         if str(image) not in wanted:

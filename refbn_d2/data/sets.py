@@ -1,4 +1,4 @@
-"""Data sets as detectron2's dicts: read, checked and kept once a process, in one copy."""
+"""Reads and checks data sets as detectron2's dicts; each is kept in memory once per process."""
 
 import json
 import os
@@ -33,39 +33,40 @@ class DataSet:
     """The images of one or more data sets.
 
     Attributes:
-        dicts: in detectron2's standard format. They are serialised in one block of memory, which
-            the workers of a loader share with their parent. (Release 0.6 of detectron2 keeps a
-            NumPy array, later ones a tensor; neither shares it between the processes of several
-            GPUs, each of which has one copy.)
-        contents: what the annotations hold.
+        dicts: dicts in detectron2's standard format. They are serialized in one block of memory,
+            which a loader's workers share with their parent process. (detectron2 0.6 uses a NumPy
+            array, later versions a tensor. The training processes of several GPUs do not share it:
+            each has its own copy.)
+        contents: content of the annotations.
     """
 
     dicts: DatasetFromList
     contents: Contents
 
 
-# What was asked for -> (the state of the catalog then, the result).
+# Arguments of _load -> (state of the data sets at that time, result).
 _KEPT: Dict[Any, Tuple[Any, DataSet]] = {}
 
 
 def load_dicts(name: str, cfg: CfgNode, evaluated: bool) -> List[Dict[str, Any]]:
-    """The dicts of a registered data set, checked; what DatasetCatalog.get gives.
+    """Loads the dicts of a registered data set with DatasetCatalog.get, and checks them.
 
     Args:
-        name: of the data set.
-        cfg: its DATALOADER.GROUP_FIELD is taken over from the images of a COCO file.
+        name: name of the data set.
+        cfg: config; the field DATALOADER.GROUP_FIELD of a COCO file's images is copied to the
+            dicts.
         evaluated: whether the data set will be evaluated, see :func:`coco_json.read_coco`.
 
     Raises:
-        UserError: the data set is unknown, a file is missing or not as described, an annotation
-            cannot be used. Errors of the function that makes the data set are raised as they are.
+        UserError: if the data set is unknown, a file is missing or invalid, or an annotation cannot
+            be used. Errors of the data set's own function are not changed.
     """
     with dataset_errors([name]), coco_files_read_once(evaluated) as read:
         dicts = DatasetCatalog.get(name)
         files = list(read)
     if not len(dicts):
         raise UserError(f"data set {name} has no images")
-    if not files:  # made by a function: anything that upstream's loaders can use
+    if not files:  # not from a COCO file: the function may use all types that upstream allows
         classes = MetadataCatalog.get(name).get("thing_classes")
         dicts = plain_dicts(dicts, f"data set {name}", len(classes) if classes else None)
         check_dicts(dicts, f"data set {name}")
@@ -78,7 +79,7 @@ def load_dicts(name: str, cfg: CfgNode, evaluated: bool) -> List[Dict[str, Any]]
 
 
 def load_train_set(cfg: CfgNode) -> DataSet:
-    """All of DATASETS.TRAIN, without what training leaves out."""
+    """Loads all of DATASETS.TRAIN, without the images that training omits."""
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
     files = cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None
     with checked_proposals(cfg):
@@ -93,9 +94,9 @@ def load_train_set(cfg: CfgNode) -> DataSet:
 
 
 def load_test_set(cfg: CfgNode, name: str) -> DataSet:
-    """One of DATASETS.TEST."""
+    """Loads one data set of DATASETS.TEST."""
     files = None
-    with checked_proposals(cfg):  # as many files as data sets
+    with checked_proposals(cfg):  # checks that there is one file for each data set
         if cfg.MODEL.LOAD_PROPOSALS:
             files = (cfg.DATASETS.PROPOSAL_FILES_TEST[list(cfg.DATASETS.TEST).index(name)],)
         return _load(cfg, (name,), False, 0, files, True)
@@ -113,7 +114,7 @@ def _load(
         raise UserError("DATASETS.TRAIN names no data set")
     files = None if proposal_files is None else tuple(proposal_files)
     key = tuple(names), filter_empty, min_keypoints, files, cfg.DATALOADER.GROUP_FIELD
-    # Another function under the same name is another data set.
+    # A data set is loaded again if another function was registered under its name.
     state: List[Any] = [DatasetCatalog[n] for n in names if n in DatasetCatalog.list()]
     state += [os.stat(f).st_mtime_ns for f in files or () if os.path.exists(f)]
     if key in _KEPT and _KEPT[key][0] == state:
@@ -130,8 +131,8 @@ def _load(
     ]
     if filter_empty and not objects and "annotations" in loaded[names[0]][0]:
         raise UserError(
-            f"{annotation_files(names)}: none of the {total} images has an object that is no crowd "
-            "(DATALOADER.FILTER_EMPTY_ANNOTATIONS False trains on images without objects)"
+            f"{annotation_files(names)}: none of the {total} images has an object that is not a "
+            "crowd (DATALOADER.FILTER_EMPTY_ANNOTATIONS False trains on images without objects)"
         )
     if min_keypoints and not any(a.get("keypoints") for a in objects):
         raise UserError(
@@ -151,13 +152,13 @@ def _load(
 
 
 def make_coco_file(cfg: CfgNode, name: str, folder: str) -> None:
-    """Makes a file in COCO format of a data set that is a function, as its evaluation needs one.
+    """Writes a file in COCO format, which evaluation needs, for a data set that has none.
 
-    The main process writes it, below ``folder``, anew each time; every process has it in memory.
-    detectron2 would take the file of an earlier run there, whatever has become of the data since.
+    The main process writes a new file to ``folder`` in each run; every process has its content in
+    memory. detectron2 would use a file of an earlier run even if the data have changed since.
 
     Raises:
-        UserError: COCO cannot express the data set.
+        UserError: if the data set cannot be converted to COCO's format.
     """
     metadata = MetadataCatalog.get(name)
     path = os.path.join(folder, f"{name}_coco_format.json")
@@ -183,9 +184,9 @@ def make_coco_file(cfg: CfgNode, name: str, folder: str) -> None:
             json.dump(content, f)
     _MADE[name] = path
     if metadata.get("json_file") != path:
-        vars(metadata).pop("json_file", None)  # metadata cannot be set to another value
+        vars(metadata).pop("json_file", None)  # detectron2 does not allow changing a value
         metadata.json_file = path
 
 
-# Name of a data set -> the file that make_coco_file made of it.
+# Name of a data set -> the file that make_coco_file wrote for it.
 _MADE: Dict[str, str] = {}
