@@ -1,3 +1,3 @@
-"""Matrices of experiments: what to run, what it takes, running it."""
+"""Matrices of experiments: their specification, the estimated time, and running them."""
 
-from .. import upstream  # noqa: F401  (says so if detectron2 is missing)
+from .. import upstream  # noqa: F401  (raises a clear error if detectron2 is missing)

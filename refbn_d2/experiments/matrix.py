@@ -205,7 +205,7 @@ def _check_part(path: str, part: Dict[str, Any]) -> None:
             raise UserError(f"matrix {path}: OUTPUT_DIR is not an option here: use --output")
     runs = math.prod(len(part.get(key, [0])) for key in (*_AXES, "NORMS"))
     if runs > _MAX_RUNS:
-        raise UserError(f"matrix {path}: is of {runs} runs: use fewer than {_MAX_RUNS}")
+        raise UserError(f"matrix {path}: has {runs} runs: use at most {_MAX_RUNS}")
 
 
 def _specs(path: str, matrix: Dict[str, Any]) -> List[RunSpec]:

@@ -33,8 +33,8 @@ class PlannedTraining:
         what: Description of the training.
         folder: Folder of the run.
         images: Number of training images, counted once for each use (iterations x batch size).
-        gpu_hours: Estimated GPU hours of a full-size network: on V100s by published throughputs,
-            or on the GPU whose throughput was measured.
+        gpu_hours: Estimated GPU hours of a full-size network, from published throughputs of V100s
+            or from the measured throughput of another GPU.
         finished: Whether the output folder contains its result.
     """
 
@@ -55,7 +55,7 @@ def measured_rates(file: Path) -> Dict[str, float]:
         Training images per second of one GPU for the norms that were measured, BN among them.
 
     Raises:
-        UserError: If it is not such a file, or a rehearsal without a GPU.
+        UserError: If the file is not from ``make gpu-check``, or from a rehearsal without a GPU.
     """
     report = read_json(file)
     if isinstance(report, dict) and report.get("quick"):
@@ -83,8 +83,9 @@ def planned_trainings(
     Args:
         specs: Runs of the matrix.
         output: Output folder of the matrix.
-        rates: Of :func:`measured_rates`; None for published numbers. Pretraining is not measured:
-            its published number is scaled as that of the detector with BN.
+        rates: Result of :func:`measured_rates`; None for published numbers. Pretraining is not
+            measured: its published number is scaled by the ratio of the measured to the published
+            number for the detector with BN.
     """
     found = []
     of_v100 = rates["BN"] / _DETECTOR_RATE if rates else 1.0

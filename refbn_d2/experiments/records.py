@@ -1,4 +1,4 @@
-"""What a matrix keeps in the folders of its runs. Needs neither PyTorch nor detectron2."""
+"""Files of a matrix in the folders of its runs. Needs neither PyTorch nor detectron2."""
 
 import json
 from pathlib import Path
@@ -20,9 +20,9 @@ __all__ = [
     "write_record",
 ]
 
-# In the folder of a detector, in that of a pretraining, and in both if a job of SLURM does it.
+# Record of a detector's training, record of a pretraining, and id of the SLURM job of either.
 RUN, PRETRAINING, JOB = "run.json", "pretraining.json", "slurm.json"
-# In the folder of a pretraining that is done: what its detectors start from.
+# Result of a finished pretraining: the weights from which its detectors start.
 BACKBONE = "backbone.pth"
 
 _SEED_LOCK = ".lock_seed"
@@ -34,15 +34,18 @@ def seed_lock(seed: int) -> str:
 
 
 def seed_locks_in(output: Path) -> List[str]:
-    """Names of the lock files of all seeds; a file says nothing about whether a call holds it."""
+    """Names of the lock files of all seeds. A file remains after its lock was released."""
     return [file.name for file in output.glob(f"{_SEED_LOCK}*")]
 
 
 def read_record(file: Path) -> Dict[str, Any]:
-    """Reads one of these files.
+    """Reads a record.
+
+    Args:
+        file: Path of RUN, PRETRAINING or JOB.
 
     Raises:
-        UserError: If it cannot be read, or is no record.
+        UserError: If the file cannot be read, or is not a record.
     """
     content = read_json(file)
     if not isinstance(content, dict):
@@ -51,10 +54,14 @@ def read_record(file: Path) -> Dict[str, Any]:
 
 
 def write_record(path: Path, record: Dict[str, Any]) -> None:
-    """Writes one of these files, whole or not at all.
+    """Writes a record atomically; creates its folder.
+
+    Args:
+        path: Path of RUN, PRETRAINING or JOB.
+        record: Content of the file.
 
     Raises:
-        UserError: If it cannot be written.
+        UserError: If the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +72,7 @@ def write_record(path: Path, record: Dict[str, Any]) -> None:
 
 
 def last_metrics(folder: Path) -> Dict[str, Any]:
-    """Returns the last line of a run's metrics.json; {} without one."""
+    """Returns the last line of a run's metrics.json, or {} if there is none."""
     try:
         last = json.loads((folder / "metrics.json").read_text().strip().splitlines()[-1])
         return last if isinstance(last, dict) else {}

@@ -23,6 +23,7 @@ from ..config import load_config
 from ..engine.signals import PARENT, SIGNALS, handle, restore
 from ..errors import UserError
 from ..io.lock import folder_lock, holder
+from ..weights.convert import convert
 from .matrix import RunSpec
 from .records import BACKBONE, PRETRAINING, RUN, last_metrics, read_record, seed_lock, write_record
 
@@ -50,7 +51,7 @@ class _Failed(Exception):
 
 
 class _Stopped(Exception):
-    """A training of a run was told to end, by this process or by somebody else, and saved."""
+    """A training of a run was stopped by a signal, from this or another process, and has saved."""
 
 
 class _Runner:
@@ -118,7 +119,7 @@ class _Runner:
                     done = last_metrics(folder).get("iteration", 0)
                     self._progress.update(task, completed=done)
         if _signal(child.returncode) in SIGNALS:
-            raise _Stopped  # a scheduler tells all processes, and this one may hear of it last
+            raise _Stopped  # a scheduler signals all processes, and this one may be the last
         if child.returncode != 0:
             raise _Failed(f"{_reason(child.returncode, log, begin)} (see {log})")
 
@@ -132,8 +133,6 @@ class _Runner:
         def work() -> None:
             label = f"pretraining {spec.pretrained}, seed {spec.classifier_seed}"
             self._train("classify", spec.classifier, folder, spec.classifier_opts(), label)
-            from ..weights.convert import convert  # which stands above the engine
-
             convert(str(folder / "model_final.pth"), str(folder / BACKBONE))
 
         return self._recorded(folder / PRETRAINING, record, work)
@@ -161,7 +160,7 @@ class _Runner:
     def _recorded(
         self, file: Path, record: Dict[str, Any], work: Callable[[], None]
     ) -> Dict[str, Any]:
-        """Does ``work``; keeps in ``file`` how it went, and its seconds with those of earlier."""
+        """Calls ``work``; writes its outcome and the total time of all attempts to ``file``."""
         if self._stop.is_set():
             return {**record, "status": "interrupted"}
         seconds = read_record(file).get("seconds", 0.0) if file.exists() else 0.0
@@ -214,7 +213,7 @@ def _reason(status: int, log: Path, begin: int) -> str:
     """Describes in one line why a process failed.
 
     Args:
-        status: Return code of ``subprocess``, as of :func:`_signal`.
+        status: Return code of ``subprocess``, as in :func:`_signal`.
         log: Path of the file with the output of the process.
         begin: Offset in the file at which the output of this process begins, in bytes.
     """
@@ -279,7 +278,7 @@ def run_matrix(
         UserError: If ``output`` contains one of the runs with another config, if another process
             runs one of the seeds in it, or if there are not enough GPUs.
     """
-    _gpu_sets(num_gpus, jobs)  # refuses what cannot be before anything is written
+    _gpu_sets(num_gpus, jobs)  # raises an error for too few GPUs, before anything is written
     with seed_locks(specs, output):
         return run_stages(prepare(specs, output), specs, output, num_gpus, jobs)
 
@@ -305,7 +304,7 @@ def prepare(specs: List[RunSpec], output: Path) -> List[RunSpec]:
         output: Output folder of the matrix.
 
     Returns:
-        The unfinished pretrainings, each by one of the runs that start from it.
+        For each unfinished pretraining, one of the runs that start from it.
 
     Raises:
         UserError: If ``output`` contains one of the runs with other settings.
@@ -339,9 +338,9 @@ def run_stages(
     """Pretrains, then trains detectors; as :func:`run_matrix`, without its locks and checks.
 
     Args:
-        pretrainings: Runs whose pretraining is to be made.
+        pretrainings: Runs whose pretraining is to be trained.
         specs: Runs whose detector is to be trained.
-        output, num_gpus, jobs: As of :func:`run_matrix`.
+        output, num_gpus, jobs: As in :func:`run_matrix`.
 
     Returns:
         The records of the detectors.

@@ -1,4 +1,4 @@
-"""Runs a matrix as jobs of SLURM, one a run, by submitit. No shell has to wait for them."""
+"""Runs a matrix as jobs of SLURM, one for each run, with submitit. No process waits for them."""
 
 import shlex
 import shutil
@@ -17,7 +17,7 @@ from .status import JOBS, is_live, job_of, scheduler
 
 __all__ = ["submit_matrix"]
 
-# A notice so long before the time limit. The job then saves and queues again.
+# SLURM sends SIGTERM 120 s before the time limit. The job then saves and queues again.
 _NOTICE = "B:TERM@120"
 
 
@@ -43,7 +43,9 @@ def submit_matrix(
         from submitit import SlurmExecutor
         from submitit.core.utils import FailedJobError
     if shutil.which("sbatch") is None:
-        raise UserError("sbatch is not there: apt-get install slurm-client, or use a login node")
+        raise UserError(
+            "sbatch is not installed: apt-get install slurm-client, or use a login node"
+        )
     output = output.resolve()
     executor = SlurmExecutor(output / JOBS, python=f"exec {shlex.quote(sys.executable)}")
 
@@ -51,7 +53,7 @@ def submit_matrix(
         folder = output / (spec.classifier_folder if pretraining else spec.folder)
         executor.update_parameters(
             job_name="-".join(folder.relative_to(output).parts),
-            time=None,  # the partition's; submitit's are 5 minutes
+            time=None,  # the default of the partition; that of submitit is 5 minutes
             use_srun=False,
             stderr_to_stdout=True,
             additional_parameters={
@@ -89,17 +91,17 @@ def submit_matrix(
 
 
 def _live(folders: List[Path]) -> Set[Path]:
-    """Those of the folders that a job which has not ended is for."""
+    """Returns the folders whose job waits or runs."""
     jobs = {folder: job for folder in folders if (job := job_of(folder))}
     found = scheduler(jobs.values())
     return {folder for folder, job in jobs.items() if is_live(found.get(job))}
 
 
 def _run(spec: RunSpec, output: Path, num_gpus: int, pretraining: bool) -> None:
-    """What a job does: one pretraining, or one detector.
+    """Function of a job: runs one pretraining, or trains one detector.
 
     Raises:
-        SystemExit: It failed (1), or was told to end (128 + signal).
+        SystemExit: If it failed (1), or was stopped by a signal (128 + signal).
     """
     folder = output / (spec.classifier_folder if pretraining else spec.folder)
     record = folder / (PRETRAINING if pretraining else RUN)
@@ -120,10 +122,14 @@ def _last_checkpoint(folder: Path) -> str:
 
 
 def _queue_again(record: Path, has_moved: bool) -> None:
-    """Queues this job again if it was told that it will end, before SLURM does anything.
+    """Queues this job again if the signal was the notice of its time limit.
 
-    A job that is preempted is queued again by SLURM, and one that is cancelled stays so: they have
-    another state by now.
+    The job's state is then still RUNNING. After a preemption or cancellation it is another one: a
+    preempted job is queued again by SLURM, and a cancelled one must not be.
+
+    Args:
+        record: Path of the record of the training.
+        has_moved: Whether the job has written a checkpoint.
     """
     job = environ["SLURM_JOB_ID"]
     state = scheduler([job]).get(job)
@@ -131,6 +137,6 @@ def _queue_again(record: Path, has_moved: bool) -> None:
         return
     if has_moved:
         subprocess.run(["scontrol", "requeue", job], check=True)
-    else:  # it would never end
-        error = "told to end before its first checkpoint; ask for more time by --slurm time=..."
+    else:  # queued again, it would never get further
+        error = "stopped before its first checkpoint; set --slurm time=... higher"
         write_record(record, {**read_record(record), "error": error})

@@ -1,4 +1,4 @@
-"""How far the runs of a matrix are, as their folders and SLURM tell."""
+"""Progress of the runs of a matrix, from their folders and from SLURM."""
 
 import os
 import re
@@ -33,10 +33,10 @@ JOBS = "slurm"
 _ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"}
 _ENDED |= {"OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"}
 
-# What SLURM writes into the log of a job that it kills, or its state for some minutes -> in words.
+# Pattern in the log of a job that SLURM killed, or in its last state -> explanation.
 _KILLED = {
     r"oom[-_ ]kill|OOM Killed|exceeded (job )?memory limit|OUT_OF_MEMORY": (
-        "killed by SLURM for its memory; ask for more by --slurm mem=..."
+        "killed by SLURM for its memory use; set --slurm mem=... higher"
     ),
     r"DUE TO TIME LIMIT|TIMEOUT": (
         "killed by SLURM at its time limit; the same command goes on from the last checkpoint"
@@ -47,7 +47,7 @@ _KILLED = {
 
 
 class JobState(NamedTuple):
-    """What SLURM says of a job: the name of its state, as RUNNING, and why it waits."""
+    """State of a job in SLURM: its name, such as RUNNING, and the reason why the job waits."""
 
     name: str
     reason: str
@@ -60,9 +60,9 @@ class Stage:
     Attributes:
         folder: Folder of the training, relative to the output folder.
         status: "done", "running", "queued", "failed" or "stopped".
-        detail: Why it failed or waits, how far it is.
-        seconds: Time it has taken, in all its attempts; 0 if unknown.
-        left: Seconds that it still takes, None if unknown.
+        detail: Reason why it failed or waits, or its current iteration.
+        seconds: Time of all its attempts in seconds; 0 if unknown.
+        left: Remaining time in seconds; None if unknown.
         job: Id of its job in SLURM, or None.
     """
 
@@ -81,7 +81,10 @@ def job_of(folder: Path) -> Optional[str]:
 
 
 def scheduler(jobs: Collection[str]) -> Dict[str, JobState]:
-    """Asks SLURM for the state of jobs. It forgets those that ended some minutes ago.
+    """Gets the states of jobs from SLURM, which only knows jobs that ended in the last minutes.
+
+    Args:
+        jobs: Ids of the jobs.
 
     Raises:
         UserError: If SLURM does not answer.
@@ -89,7 +92,7 @@ def scheduler(jobs: Collection[str]) -> Dict[str, JobState]:
     if not jobs:
         return {}
     if shutil.which("squeue") is None:
-        raise UserError("squeue is not there, and the runs are jobs of SLURM: use a login node")
+        raise UserError("squeue is not installed, and the runs are SLURM jobs: use a login node")
     command = ["squeue", "--noheader", "--states=all", "--format=%i|%T|%r"]
     done = subprocess.run(
         [*command, f"--jobs={','.join(jobs)}"], capture_output=True, text=True, check=False
@@ -106,7 +109,7 @@ def is_live(state: Optional[JobState]) -> bool:
 
 
 def find_stages(output: Path) -> List[Stage]:
-    """Finds the trainings of a matrix and how far they are, pretrainings first.
+    """Finds the trainings of a matrix and their progress, pretrainings first.
 
     Args:
         output: Output folder of ``compare run``.
@@ -144,13 +147,15 @@ def _stage(
     state: Optional[JobState],
     is_local: bool,
 ) -> Stage:
-    """How far one training is.
+    """Determines the progress of one training.
 
     Args:
-        output, folder: Output folder of the matrix; folder of the training.
-        record: Its record.
-        job, state: Its job in SLURM and the state of that, or None.
-        is_local: Whether a call of ``compare run`` goes on that trains it.
+        output: Output folder of the matrix.
+        folder: Folder of the training.
+        record: Record of the training.
+        job: Id of its job in SLURM, or None.
+        state: State of the job, or None.
+        is_local: Whether a ``compare run`` of this training is running.
     """
     recorded: Any = record.get("seconds")
     seconds = float(recorded) if is_number(recorded) else 0.0
@@ -174,24 +179,24 @@ def _stage(
     elif status == "queued":
         status = "stopped"
     elif status in ("running", "interrupted"):
-        status, error = "stopped", error or "ended without a word; the same command goes on"
+        status, error = "stopped", error or "ended unexpectedly; the same command goes on"
     return Stage(folder.relative_to(output), str(status), error, seconds, left, job)
 
 
 def _end_of(log: Path, state: Optional[JobState], error: str) -> str:
-    """Why a job has ended, in one line.
+    """Describes in one line why a job has ended.
 
     Args:
-        log: What it has printed.
-        state: Its last state, None if SLURM has forgotten it.
-        error: What its run has recorded, "" if it had no time for that.
+        log: Path of the file with the output of the job.
+        state: Last state of the job; None if SLURM no longer knows it.
+        error: Error in the record of its run; "" if there is none.
     """
     if error and "SIGKILL" not in error:
         return error
     if not log.exists():
-        return f"it left no line in {log}: do all machines of the cluster share this folder?"
+        return f"no output in {log}: do all machines of the cluster share this folder?"
     text = log.read_text(errors="replace")
-    text = text[max(0, text.rfind("Starting with JobEnvironment")) :]  # of its last attempt
+    text = text[max(0, text.rfind("Starting with JobEnvironment")) :]  # only its last attempt
     for pattern, words in _KILLED.items():
         if re.search(pattern, f"{state.name if state else ''}\n{text}"):
             return words
@@ -199,7 +204,7 @@ def _end_of(log: Path, state: Optional[JobState], error: str) -> str:
 
 
 def summary(stages: List[Stage]) -> str:
-    """Describes all trainings: a line with their numbers and the time left, then one of each."""
+    """Describes all trainings: one line with their numbers and the time left, then one for each."""
     numbers = {s: sum(x.status == s for x in stages) for s in ("done", "running", "queued")}
     numbers["failed"] = sum(x.status in ("failed", "stopped") for x in stages)
     first = f"{len(stages)} trainings: " + ", ".join(f"{n} {s}" for s, n in numbers.items())
@@ -221,7 +226,10 @@ def summary(stages: List[Stage]) -> str:
 
 
 def _seconds_left(stages: List[Stage]) -> Optional[float]:
-    """Until all that runs or waits has ended, if as many run at a time as do now; or None."""
+    """Estimates the seconds until all trainings have ended; None if that is not possible.
+
+    It is assumed that always as many trainings run as at present.
+    """
     running = [x for x in stages if x.status == "running"]
     waiting = sum(x.status == "queued" for x in stages)
     times = [x.seconds for x in stages if x.status == "done" and x.seconds]
@@ -233,18 +241,18 @@ def _seconds_left(stages: List[Stage]) -> Optional[float]:
 
 
 def cancel(output: Path) -> List[str]:
-    """Ends what runs or waits: jobs of SLURM, and calls of ``compare run`` on this machine.
+    """Stops the running and waiting trainings: SLURM jobs, and ``compare run`` on this machine.
 
-    Trainings save before they end.
+    Trainings save a checkpoint before they end.
 
     Args:
         output: Output folder of ``compare run``.
 
     Returns:
-        A line for each thing that was told to end.
+        A line for each job and each process that is stopped.
 
     Raises:
-        UserError: If SLURM does not answer or refuses, or if a call goes on on another machine.
+        UserError: If SLURM reports an error, or if ``compare run`` is running on another machine.
     """
     stages = find_stages(output)
     jobs = [x.job for x in stages if x.job and x.status in ("queued", "running")]

@@ -28,25 +28,27 @@ def run_until_decided(
     train: Callable[[List[RunSpec]], List[Dict[str, Any]]],
     jobs: int,
 ) -> Progress:
-    """Trains until every comparison of a matrix is decided or has ``plan.max_seeds`` runs a norm.
+    """Trains until each comparison of a matrix is decided, or has ``plan.max_seeds`` runs per norm.
 
-    The seeds are those of the matrix and then the next whole numbers. What is finished is not run
-    again, and the looks at it give the same verdicts again: interrupted, call it again.
+    The seeds are those of the matrix, followed by the next whole numbers. After an interruption,
+    call this function again: finished runs are not repeated, and the looks at them have the same
+    result.
 
     Args:
-        specs: of a matrix.
-        output: folder of the runs.
-        plan: when to look; kept in ``output``, and another one is refused there.
-        baseline: name that the others are compared with; None for the first.
-        train: trains what is not finished of the runs that it is given; see ``run_matrix``.
-        jobs: runs at a time, for the estimate of the time left.
+        specs: runs of the matrix.
+        output: output folder of the matrix.
+        plan: plan of the looks; it is saved in ``output``, where another plan is then an error.
+        baseline: name with which the others are compared; None for the first.
+        train: function that trains the unfinished ones of the given runs and returns the records
+            of all; see ``run_matrix``.
+        jobs: number of simultaneous runs, for the estimate of the remaining time.
 
     Returns:
-        What the last look has said.
+        Result of the last look.
 
     Raises:
-        UserError: a run failed, ``output`` was begun with another plan, or the runs are evaluated
-            on different data sets.
+        UserError: if a run failed, if ``output`` was begun with another plan, or if the runs are
+            evaluated on different data sets.
     """
     baseline = baseline or specs[0].name
     _fix(output, {**dataclasses.asdict(plan), "baseline": baseline})
@@ -76,7 +78,7 @@ def run_until_decided(
 
 
 def _fix(output: Path, plan: Dict[str, Any]) -> None:
-    """Keeps the plan in ``output``, or raises a UserError if another one is there."""
+    """Saves the plan in ``output``; raises a UserError if it contains another plan."""
     file = output / _FILE
     if not file.exists():
         output.mkdir(parents=True, exist_ok=True)
@@ -91,7 +93,7 @@ def _fix(output: Path, plan: Dict[str, Any]) -> None:
 
 
 def _with_seeds(specs: Sequence[RunSpec], count: int) -> Dict[Path, List[RunSpec]]:
-    """The runs of each norm and condition, by their folder: ``count``, in the order to run them."""
+    """Returns ``count`` runs of each norm and condition, sorted by seed, by their common folder."""
     found: Dict[Path, List[RunSpec]] = {}
     for spec in specs:
         found.setdefault(spec.folder.parent, []).append(spec)
@@ -105,7 +107,7 @@ def _with_seeds(specs: Sequence[RunSpec], count: int) -> Dict[Path, List[RunSpec
 
 
 def _runs(planned: Dict[Path, List[RunSpec]], output: Path) -> Dict[RunSpec, Run]:
-    """What there is of each planned run."""
+    """Returns the results of each planned run; a run that was not started has an error."""
     there = find_runs(output) if any(output.rglob("run.json")) else []
     by_folder = {run.results.parent.parent: run for run in there}
     found = {}
@@ -124,7 +126,7 @@ def _runs(planned: Dict[Path, List[RunSpec]], output: Path) -> Dict[RunSpec, Run
 
 
 def _ground_truth(runs: Iterable[Run]) -> Path:
-    """Of the finished runs; a path that nobody reads as long as there are none."""
+    """Returns the ground truth of the finished runs; without one, a path that is never read."""
     finished = [run for run in runs if not run.error]
     return common_ground_truth(finished) if finished else Path()
 
@@ -138,14 +140,14 @@ def _is_open(run: Run, progress: Progress, baseline: str, runs: Iterable[Run]) -
 
 
 def _seconds(runs: Iterable[Run]) -> Optional[float]:
-    """How long a finished run takes on average, None before the first."""
+    """Returns the mean duration of the finished runs in seconds; None if there are none."""
     records = [read_json(run.results.parents[1] / "run.json") for run in runs if not run.error]
     times = [r["seconds"] for r in records if is_number(r.get("seconds"))]
     return sum(times) / len(times) if times else None
 
 
 def _outlook(progress: Progress, left: int, seconds: Optional[float], jobs: int) -> str:
-    """What is open and how long the next look takes, in words."""
+    """Describes the undecided comparisons, and the runs and time until the next look."""
     names = ", ".join(progress.open) or "everything"
     text = f"Open: {names}. Next look at {progress.wanted} runs a norm: {left} more"
     if seconds is None:

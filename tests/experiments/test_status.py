@@ -89,7 +89,7 @@ MEMORY = "slurmstepd: error: Detected 1 oom-kill event(s) in StepId=7.batch. Som
         (MEMORY, {"status": "failed", "error": "ended by SIGKILL"}, "killed by SLURM for its mem"),
         (TIME, {"status": "failed", "error": "error: no such thing"}, "error: no such thing"),
         ("one\ntwo\n", {"status": "running"}, "two (see "),
-        (None, {"status": "queued"}, "it left no line in "),
+        (None, {"status": "queued"}, "no output in "),
     ],
 )
 def test_why_a_job_has_ended(tmp_path, monkeypatch, log, record, detail):
@@ -116,7 +116,7 @@ def test_what_is_not_installed_is_named(tmp_path, specs, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="apt-get install slurm-client"):
         submit_matrix(specs, tmp_path / "out", 0, {})
-    with pytest.raises(UserError, match="squeue is not there"):
+    with pytest.raises(UserError, match="squeue is not installed"):
         scheduler(["1"])
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(UserError, match=r"pip install 'refbn_d2\[slurm\]'"):
