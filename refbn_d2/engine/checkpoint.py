@@ -57,7 +57,7 @@ class Checkpointer(DetectionCheckpointer):
     Attributes:
         resumed_from: Path of the checkpoint from which training resumed, or ''.
         classes: Names of the data's classes by kind ("thing_classes", "stuff_classes"), in their
-            order. They are saved with the weights, and compared with those of weights.
+            order. They are saved with the weights, and compared with those of loaded weights.
     """
 
     resumed_from = ""
@@ -99,7 +99,7 @@ class Checkpointer(DetectionCheckpointer):
             full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             raise UserError(
                 f"checkpoint {path} cannot be written: {e.strerror}; {self.last_good()}. "
-                f"{'Make room' if full else 'Look after OUTPUT_DIR'} and start again with --resume"
+                f"{'Make room' if full else 'Check OUTPUT_DIR'} and start again with --resume"
             ) from e
 
     def last_good(self) -> str:
@@ -136,16 +136,16 @@ class Checkpointer(DetectionCheckpointer):
     def _compare_classes(self, content: Dict[str, Any], refuse: bool) -> None:
         """Compares the names of the classes that were saved with the weights with the data's.
 
-        Nothing else tells classes of equal number apart: weights fit, and predictions get the
-        names of other classes.
+        Without this check, weights for other classes of the same number would be loaded, and the
+        predictions would get wrong names.
 
         Args:
-            content: Content of the file of weights.
-            refuse: Whether weights must be for these classes, and are not trained for them first.
+            content: Content of the weights file.
+            refuse: Whether the weights are used for these classes without training them first.
 
         Raises:
-            UserError: If ``refuse`` is True and the classes are the same in another order. Other
-                names may be other words for the same classes; there is a warning.
+            UserError: If ``refuse`` is True and the classes are the same in another order. For
+                other names, which may be synonyms, there is only a warning.
         """
         saved = content.get("classes")
         for kind, names in self.classes.items():
@@ -226,14 +226,14 @@ class Checkpointer(DetectionCheckpointer):
         if path and "://" not in path and not os.path.isfile(path.split("?")[0]):
             raise UserError(f"weights {path!r}: no such file (MODEL.WEIGHTS)")
         if "://" in (path or "") and ".." in path:
-            # The path of a downloaded file in the cache folder is that of its address.
+            # The address determines the path of the downloaded file below the cache folder.
             raise UserError(f"weights {path!r}: an address must not contain '..' (MODEL.WEIGHTS)")
         self._path = path
         try:
             return super().load(path, checkpointables)
         except UserError:
             raise
-        except Exception as e:  # whatever reading and using a damaged file may raise
+        except Exception as e:  # a damaged file may raise any exception
             raise UserError(f"weights {path!r} cannot be read: {first_sentence(e)}") from e
 
     def load_to_evaluate(self, path: str, *, resume: bool = False) -> None:

@@ -35,7 +35,7 @@ _NEEDS = {
 
 
 class _SemSegEvaluator(SemSegEvaluator):
-    """SemSegEvaluator that names a ground-truth image that it cannot read."""
+    """SemSegEvaluator whose error for a ground-truth image that cannot be read names the file."""
 
     def process(self, inputs, outputs) -> None:
         with image_errors():

@@ -40,7 +40,7 @@ def launcher_environment(env: Mapping[str, str]) -> Dict[str, str]:
         an empty dict for a process that was started alone.
 
     Raises:
-        UserError: one of them is not a number that it can be.
+        UserError: If one of them has an invalid value.
     """
     if all(name in env for name in _TORCHRUN):  # first: srun may have started torchrun
         return _checked({name: env[name] for name in _TORCHRUN})
@@ -119,7 +119,7 @@ def start(main: Callable[..., Any], args: Namespace, device: str, main_args: tup
     os.environ.update(env)
     try:
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_timeout())
-    # Both are RuntimeErrors; in torch 2.4 a port in use is a plain one.
+    # Network errors are subclasses of RuntimeError; torch 2.4 raises RuntimeError for a used port.
     except RuntimeError as e:
         network = isinstance(e, (dist.DistNetworkError, dist.DistStoreError))
         if not network and "EADDRINUSE" not in str(e):

@@ -121,7 +121,7 @@ def _draw_instances(
 ) -> VisImage:
     names = metadata.get("thing_classes", [])
     classes = instances.pred_classes.tolist()
-    # The name of the only class would say nothing, and hide small objects.
+    # With only one class its name has no information, and would hide small objects.
     named = [f"{names[c] if c < len(names) else c} " if len(names) != 1 else "" for c in classes]
     labels = [
         # matplotlib would interpret text between two dollar signs as a formula

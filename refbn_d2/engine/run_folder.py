@@ -31,7 +31,7 @@ _FILES = re.compile(
 _CHECKPOINTS = "model_*.pth"
 _LINES = "metrics.json"
 _EARLIER = "earlier_run_"
-# Seconds after which a network's file system shows what another machine has written.
+# Seconds after which a network file system shows files that another machine has written.
 _NETWORK_DELAY = 60
 
 # Keys that change the model or the random numbers of a run. A resumed run must not change them. All
@@ -140,8 +140,8 @@ def _move_earlier_run(cfg: CfgNode, folder: Path) -> List[str]:
     weights = cfg.MODEL.WEIGHTS
     if _is_local(weights) and Path(weights).resolve() in [p.resolve() for p in files]:
         raise UserError(
-            f"MODEL.WEIGHTS {weights} is of the run that OUTPUT_DIR holds, and which a new run "
-            f"moves to {target}: choose another OUTPUT_DIR, or go on with --resume"
+            f"MODEL.WEIGHTS {weights} belongs to the run in OUTPUT_DIR, which a new run moves to "
+            f"{target}: choose another OUTPUT_DIR, or continue that run with --resume"
         )
     target.with_name(target.name + PARTIAL).mkdir()
     return _finish_moving(folder)
@@ -208,7 +208,7 @@ def output_errors(folder: str) -> Iterator[None]:
     except OSError as e:
         file = os.fsdecode(e.filename) if isinstance(e.filename, (str, bytes)) else ""
         inside = os.path.abspath(file).startswith(os.path.abspath(folder) + os.sep)
-        # Without a name it is of a file that was open before; a run writes to no other folder.
+        # An error of an open file has no file name; a run only writes to files in this folder.
         read_only = e.errno == errno.EROFS and not file
         if not _is_local(folder) or not (inside or read_only):
             raise
