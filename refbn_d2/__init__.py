@@ -1,12 +1,12 @@
-"""RefBN for detectron2. Importing this package is the plugin: it registers the norm names and the
-quick data sets. Without detectron2 only these parts work: ``refbn_d2.norms`` (PyTorch alone) and
-``refbn_d2.evaluation`` (neither PyTorch nor detectron2)."""
+"""RefBN for detectron2. Importing this package registers the norm names, the quick data sets, the
+timm backbones and pypi:// paths with detectron2. Without detectron2 only these parts work:
+``refbn_d2.norms`` (needs only PyTorch) and ``refbn_d2.evaluation`` (needs neither)."""
 
 import importlib
 import warnings
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # the names that __getattr__ below finds when they are used
+if TYPE_CHECKING:  # at run time __getattr__ below imports these names when they are first used
     from .config import add_refbn_config, apply_norm_config
     from .config_files import get_config_file
     from .norms import (
@@ -33,7 +33,7 @@ __all__ = [
     "unregister_norm",
 ]
 
-# Public name -> the module that has it, imported when the name is first used.
+# Public name -> the module that defines it, imported when the name is first used.
 _HOME = {
     "RefBatchNorm2d": "norms",
     "add_refbn_config": "config",
@@ -45,7 +45,7 @@ _HOME = {
     "register_norm": "norms",
     "unregister_norm": "norms",
 }
-# Modules of version 0.1 by the names they had.
+# Name of a module in version 0.1 -> its present name.
 _MOVED = {"reference": "statistics.reference"}
 
 
@@ -55,14 +55,15 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if _HOME[name] not in ("norms", "config_files"):
-        importlib.import_module(f"{__name__}.upstream")  # says so if detectron2 is missing
+        importlib.import_module(f"{__name__}.upstream")  # a clear error if detectron2 is missing
     return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
 
 
 def setup_environment() -> None:
-    """What detectron2 calls where ``DETECTRON2_ENV_MODULE`` is "refbn_d2": importing is enough.
+    """Does nothing; detectron2 calls it if ``DETECTRON2_ENV_MODULE`` is "refbn_d2".
 
-    With that environment variable every tool that imports detectron2 knows the norms, unedited.
+    With this environment variable detectron2 imports this package, so that the norms are available
+    in every program that imports detectron2.
     """
 
 
@@ -73,7 +74,7 @@ except ModuleNotFoundError as e:
         raise
 else:
     with warnings.catch_warnings():
-        # detectron2 and fvcore meet it when they are imported; no user of theirs can act on it.
+        # The import of detectron2 and fvcore causes this warning, on which users cannot act.
         warnings.filterwarnings("ignore", ".*torch.jit.script. is deprecated", FutureWarning)
         # data registers its data sets, modeling its backbones.
         from . import data, modeling, registry  # noqa: F401

@@ -204,7 +204,7 @@ PRIVATE: Dict[str, Private] = {
     ),
     "torch:_C._get_tracing_state": Private("norms.kernels", "tells whether torch.jit traces"),
     "torch:_C._current_graph_task_id": Private(
-        "norms.tracing", "identifies the backward pass, as in torch.utils.checkpoint"
+        "norms.tracing", "tells whether a backward pass is running, as in torch.utils.checkpoint"
     ),
     "torch.autograd.forward_ad:_current_level": Private(
         "norms.kernels", "tells whether forward-mode differentiation is on"
