@@ -107,7 +107,7 @@ KEYS: List[Key] = [
         "MODEL.REFBN.REFERENCE.REFRESH_PERIOD",
         0,
         _COUNT,
-        "Number of iterations after which the reference statistics are recomputed from the same "
+        "Number of iterations between recomputations of the reference statistics, from the same "
         "images with the current weights. 0: never, as in the paper's text; 1: in every iteration, "
         "the literal reading of its Algorithm 2.",
     ),
