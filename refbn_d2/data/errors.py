@@ -68,8 +68,8 @@ def _check_header(image: Image.Image, name: str, size: Tuple[Any, Any]) -> None:
     # Sorted, because Exif may exchange width and height.
     if None not in size and sorted(image.size) != sorted(size):
         raise UserError(
-            f"image {name} has {image.size[0]} x {image.size[1]} pixels, its annotations say "
-            f"{size[0]} x {size[1]}"
+            f"image {name} has {image.size[0]} x {image.size[1]} pixels, not the {size[0]} x "
+            f"{size[1]} of its annotations"
         )
 
 

@@ -93,7 +93,7 @@ IMAGES = {
     "PDF": (b"%PDF-1.4\n1 0 obj\n", "is no JPEG, PNG"),
     "zeros": (bytes(3000), "is no JPEG, PNG"),
     "header alone": (JPEG[:20], "cannot be read"),
-    "too small": (saved(COLOR[:-1], "JPEG"), "80 x 63 pixels, its annotations say 80 x 64"),
+    "too small": (saved(COLOR[:-1], "JPEG"), "80 x 63 pixels, not the 80 x 64 of its annot"),
     "too large": (saved(np.tile(COLOR, (3, 3, 1)), "PNG"), "240 x 192"),
     "sides exchanged": (saved(np.rot90(COLOR).copy(), "JPEG"), "ismatched"),
     "one pixel": (saved(COLOR[:1, :1], "PNG"), "1 x 1"),

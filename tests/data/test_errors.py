@@ -104,7 +104,7 @@ def _png(size, mode="L") -> bytes:
         (None, "{} does not exist"),
         (EPS, "{} cannot be read: it is no JPEG, PNG, .*PPM file"),
         (_png((40, 30))[:-20], "{} cannot be read: "),
-        (_png((40, 31)), "{} has 40 x 31 pixels, its annotations say 40 x 30"),
+        (_png((40, 31)), "{} has 40 x 31 pixels, not the 40 x 30 of its annotations"),
         (_png((40, 30), "I;16"), "{} has more than 8 bits a pixel"),
     ],
     ids=["missing", "foreign", "cut off", "another size", "16 bit"],
