@@ -125,7 +125,9 @@ def start(main: Callable[..., Any], args: Namespace, device: str, main_args: tup
         if not network and "EADDRINUSE" not in str(e):
             raise
         where = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)"
-        raise UserError(f"the processes cannot meet at {where}: {_reason(e)}") from e
+        raise UserError(
+            f"the processes cannot connect to each other at {where}: {_reason(e)}"
+        ) from e
     create_local_process_group(local_size)
     comm.synchronize()
     main(*main_args)
