@@ -53,8 +53,10 @@ def _weights_of(package: str) -> str:
         ) from None
     found = [f for f in files if f.suffix in _SUFFIXES]
     if len(found) != 1:
+        # Since Python 3.12 a recorded file that is missing is not among metadata.files.
+        remedy = "" if found else f"; {_again(package)}"
         raise UserError(
-            f"weights {_PREFIX}{package}: the package has {len(found)} files of weights"
+            f"weights {_PREFIX}{package}: the package has {len(found)} files of weights{remedy}"
         )
     path = Path(found[0].locate())
     try:
