@@ -13,8 +13,8 @@ sys.path.insert(0, str(ROOT / "dev"))
 
 import gpu_check  # noqa: E402
 
-from refbn_d2.norms import BatchRenorm2d  # noqa: E402
 from refbn_d2.norms.kernels.cpu_aten import CpuAten  # noqa: E402
+from refbn_d2.norms.repeated import RecentPasses  # noqa: E402
 
 CPU = gpu_check.Settings("cpu", quick=True)
 GPU = gpu_check.Settings("cuda", quick=False)
@@ -107,7 +107,7 @@ def test_an_error_of_a_thousandth_in_any_piece_is_found(piece, monkeypatch):
 
 
 def test_recomputing_with_moved_statistics_is_found(monkeypatch):
-    monkeypatch.setattr(BatchRenorm2d, "_recall", lambda self, mean, r, d: (r, d))
+    monkeypatch.setattr(RecentPasses, "recall", lambda self, mean, r, d: (r, d))
     rows = gpu_check.check_training(CPU).rows
     wrong = {(r["norm"], r["checkpointing"]) for r in rows if not r["passed"]}
     assert wrong == {("BRN", "use_reentrant=False"), ("BRN", "use_reentrant=True")}

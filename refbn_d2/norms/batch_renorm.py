@@ -1,7 +1,6 @@
 """BatchRenorm2d: BatchNorm with a correction towards its moving averages."""
 
-from collections import deque
-from typing import Deque, Optional, Tuple
+from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from .batch_norm_like import BatchNormLike2d
 from .functional import batch_moments
+from .repeated import RecentPasses
 from .running import count_batch
 from .tracing import in_backward
 
@@ -18,10 +18,6 @@ _R_MAX, _D_MAX = 3.0, 5.0
 # The paper's schedule (section 4.2): plain BatchNorm for 5k steps, then d_max grows until step 25k
 # and r_max until step 40k. These are the same steps as fractions of 40k.
 _START, _D_END, _R_END = 5 / 40, 25 / 40, 1.0
-
-# Batch mean, r and d of forward passes that activation checkpointing may repeat.
-Recent = Deque[Tuple[Tensor, Tensor, Tensor]]
-_MAX_RECENT = 32
 
 
 class BatchRenorm2d(BatchNormLike2d):
@@ -86,8 +82,7 @@ class BatchRenorm2d(BatchNormLike2d):
             )
         super().__init__(num_features, eps, momentum, **kwargs)
         self.schedule_steps = schedule_steps
-        self._recent: Recent = deque(maxlen=_MAX_RECENT)
-        self._recomputed = False
+        self._recent = RecentPasses()
 
     def limits(self) -> Tuple[Tensor, Tensor]:
         """Returns (r_max, d_max) of the next training step as float64 scalar tensors."""
@@ -111,9 +106,9 @@ class BatchRenorm2d(BatchNormLike2d):
             r = torch.clamp(sigma_batch / sigma, 1 / r_max, r_max)
             d = torch.clamp((mean - self.running_mean.to(mean.dtype)) / sigma, -d_max, d_max)
             if recomputes:
-                r, d = self._recall(mean, r, d)
+                r, d = self._recent.recall(mean, r, d)
             elif not torch.compiler.is_compiling():
-                self._remember(mean, r, d)
+                self._recent.remember(mean, r, d)
         # weight (x_hat r + d) + bias is BatchNorm with the weight and bias below, so BatchNorm's
         # kernel computes it and its gradient.
         weight, bias = r, d
@@ -132,27 +127,6 @@ class BatchRenorm2d(BatchNormLike2d):
             running_var = torch.lerp(sigma, sigma_batch, factor).square() - self.eps
             self.running_var.copy_(running_var.clamp_(min=0))
         return y
-
-    def _remember(self, mean: Tensor, r: Tensor, d: Tensor) -> None:
-        if self._recomputed:  # a new step has begun: earlier passes will not be repeated
-            self._recent.clear()
-            self._recomputed = False
-        self._recent.append((mean, r, d))
-
-    def _recall(self, mean: Tensor, r: Tensor, d: Tensor) -> Tuple[Tensor, Tensor]:
-        """Returns r and d of the first pass over this batch, which is identified by its mean."""
-        self._recomputed = True
-        for old_mean, old_r, old_d in self._recent:
-            same = (old_mean == mean).all()
-            r, d = torch.where(same, old_r, r), torch.where(same, old_d, d)
-        return r, d
-
-    def __getstate__(self):
-        return {k: v for k, v in self.__dict__.items() if k != "_recent"}
-
-    def __setstate__(self, state):
-        super().__setstate__(state)
-        self._recent, self._recomputed = deque(maxlen=_MAX_RECENT), False
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, schedule_steps={self.schedule_steps}"
