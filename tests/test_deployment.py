@@ -162,7 +162,7 @@ def test_detector_by_scripting(images, export_tools):
         check(convert_scripted_instances(actual), inference(model, [{"image": image}])[0])
 
 
-@pytest.mark.parametrize("norm", ["RefBN", "SyncRefBN", "BRN"])
+@pytest.mark.parametrize("norm", ["RefBN", "SyncRefBN", "BRN", "MABN"])
 def test_a_scripted_norm_evaluates_and_does_not_train(norm):
     """It says so; it does not normalize by something else."""
     layer = NORM_TYPES[norm].build(3).eval()

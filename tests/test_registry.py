@@ -289,7 +289,7 @@ def _retinanet_head(norm, **kwargs):
     )
 
 
-@pytest.mark.parametrize("norm", ["RefBN", "SyncRefBN", "VBN", "BRN"])
+@pytest.mark.parametrize("norm", ["RefBN", "SyncRefBN", "VBN", "BRN", "MABN"])
 def test_retinanets_levels_have_statistics_of_their_own(norm):
     torch.manual_seed(0)
     head = _retinanet_head(norm)
@@ -325,7 +325,7 @@ def test_a_norm_that_retinanets_levels_share_is_warned_of(caplog):
     assert not caplog.text
 
 
-@pytest.mark.parametrize("norm", ["RefBN", "SyncRefBN", "VBN", "BRN", "SN", "IN"])
+@pytest.mark.parametrize("norm", ["RefBN", "SyncRefBN", "VBN", "BRN", "MABN", "SN", "IN"])
 @pytest.mark.parametrize("held", [True, False])
 def test_symbolic_traces_have_the_norms_as_leaves(norm, held):
     model = nn.Sequential(nn.Conv2d(3, 4, 1), get_norm(norm, 4), nn.ReLU())

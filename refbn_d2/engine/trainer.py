@@ -32,13 +32,21 @@ from ..data.loader import TrainLoader
 from ..data.sets import load_test_set, make_coco_file
 from ..errors import UserError
 from ..log import get_logger
+from ..norms import MovingAverageBatchNorm2d
 from ..rng import forked_rng
 from ..statistics.inference import recompute_statistics
 from ..statistics.reference import reference_layers
 from ..upstream import exchanged, whole_files
 from .checkpoint import Checkpointer
 from .evaluators import build_evaluator
-from .hooks import EvalHook, ExactResume, ProgressBar, ReferenceHook, StatisticsHook
+from .hooks import (
+    EvalHook,
+    ExactResume,
+    ProgressBar,
+    ReferenceHook,
+    StatisticsHook,
+    WeightCentralization,
+)
 from .metrics import MetricsWriter, ProgressPrinter
 from .run_folder import check_exists, output_errors
 from .signals import StopOnSignal
@@ -367,6 +375,9 @@ class Trainer(DefaultTrainer):
     def _hooks_of_a_run(self) -> Iterator[HookBase]:
         """Yields our hooks and detectron2's, some of which are replaced, in their order."""
         cfg = self.cfg
+        if any(isinstance(m, MovingAverageBatchNorm2d) for m in self.model.modules()):
+            # Before the hooks that run the model or save its weights.
+            yield WeightCentralization()
         if reference_layers(self.model):
             reference = cfg.MODEL.REFBN.REFERENCE
             yield ReferenceHook(

@@ -8,6 +8,7 @@ from .fold import fold_norms
 from .functional import batch_moments, ref_batch_norm
 from .instance_norm import InstanceNorm2d
 from .moments import Moments
+from .moving_average_batch_norm import MovingAverageBatchNorm2d
 from .ref_batch_norm import RefBatchNorm2d
 from .reference_norm import ReferenceNorm2d
 from .switchable_norm import SwitchableNorm2d
@@ -20,6 +21,7 @@ __all__ = [
     "EvalRefBatchNorm2d",
     "InstanceNorm2d",
     "Moments",
+    "MovingAverageBatchNorm2d",
     "NORM_TYPES",
     "NormType",
     "RefBatchNorm2d",

@@ -127,9 +127,9 @@ def _used_once(model: nn.Module) -> Set[nn.Module]:
 def fold_norms(model: nn.Module) -> nn.Module:
     """Folds norms that are affine maps in evaluation into the preceding convolutions.
 
-    These are BN, SyncBN, RefBN, SyncRefBN, BRN and FrozenBN, by their running statistics, and those
-    layers of EvalRefBN that give an image's own statistics no weight. RefBN then costs nothing in
-    inference; the convolution gets a bias. The drop layer and the activation of timm's
+    These are BN, SyncBN, RefBN, SyncRefBN, BRN, MABN and FrozenBN, by their running statistics, and
+    those layers of EvalRefBN that give an image's own statistics no weight. RefBN then costs
+    nothing in inference; the convolution gets a bias. The drop layer and the activation of timm's
     BatchNormAct2d stay. detectron2's convolutions contain their ``norm``. For all other
     convolutions :mod:`torch.fx` traces the model to find the norm that follows. If the model cannot
     be traced, its largest traceable parts are.

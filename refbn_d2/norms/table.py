@@ -9,6 +9,7 @@ from torch import nn
 from .batch_renorm import BatchRenorm2d
 from .eval_ref_batch_norm import EvalRefBatchNorm2d
 from .instance_norm import InstanceNorm2d
+from .moving_average_batch_norm import MovingAverageBatchNorm2d
 from .ref_batch_norm import RefBatchNorm2d
 from .reference_norm import ReferenceNorm2d
 from .switchable_norm import SwitchableNorm2d
@@ -78,6 +79,13 @@ NORM_TYPES: Dict[str, NormType] = {
         **_BATCH_NORM,
         needs_running_stats=True,
         configure=_set_schedule,
+    ),
+    # Not convertible: it subtracts no mean, so it cannot continue from BatchNorm's statistics.
+    "MABN": NormType(
+        MovingAverageBatchNorm2d,
+        MovingAverageBatchNorm2d,
+        affine_in_eval=True,
+        needs_running_stats=True,
     ),
     "SyncBN": NormType(nn.SyncBatchNorm, nn.SyncBatchNorm, **_BATCH_NORM),
     "SN": NormType(SwitchableNorm2d, SwitchableNorm2d),

@@ -8,19 +8,28 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from ..norms import BatchRenorm2d, EvalRefBatchNorm2d, ReferenceNorm2d, batch_moments
+from ..norms import (
+    BatchRenorm2d,
+    EvalRefBatchNorm2d,
+    MovingAverageBatchNorm2d,
+    ReferenceNorm2d,
+    batch_moments,
+)
 from ..rng import forked_rng
 
 __all__ = ["recompute_statistics"]
 
 
 def _norms(model: nn.Module) -> List[nn.Module]:
-    """The norms whose running statistics are used in inference only. BRN also trains with them."""
+    """The norms whose running statistics are used in inference only.
+
+    BRN and MABN also train with them.
+    """
     return [
         m
         for m in model.modules()
         if isinstance(m, nn.modules.batchnorm._BatchNorm)
-        and not isinstance(m, BatchRenorm2d)
+        and not isinstance(m, (BatchRenorm2d, MovingAverageBatchNorm2d))
         and m.running_mean is not None
     ]
 

@@ -33,10 +33,11 @@ def test_twenty_kills_change_nothing(tiny_data, tmp_path):
     "workers, options",
     [
         (0, {"MODEL__RESNETS__NORM": "BN"}),
+        (0, {"MODEL__RESNETS__NORM": "MABN"}),
         (2, {}),  # not even the number of workers matters
         (0, {"MODEL__REFBN__REFERENCE__REFRESH_PERIOD": 3}),
     ],
-    ids=["BN", "workers", "refreshed"],
+    ids=["BN", "MABN", "workers", "refreshed"],
 )
 def test_killed_and_resumed_equals_uninterrupted(tiny_data, tmp_path, workers, options):
     whole, output = tmp_path / "whole", tmp_path / "resumed"

@@ -121,7 +121,7 @@ def test_a_detectors_checkpoint_loads_as_ever(tmp_path):
     assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
 
 
-@pytest.mark.parametrize("norm", ["GN8", "SyncRefBN", "EvalRefBN", "BRN", "IN"])
+@pytest.mark.parametrize("norm", ["GN8", "SyncRefBN", "EvalRefBN", "BRN", "MABN", "IN"])
 def test_norms_of_every_kind_keep_the_activation(norm):
     model, _ = _model(LITE0, "MODEL.RESNETS.NORM", norm)
     x = torch.randn(2, 3, 64, 64)

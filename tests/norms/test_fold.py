@@ -10,6 +10,7 @@ from torch import nn
 
 from refbn_d2.norms import (
     BatchRenorm2d,
+    MovingAverageBatchNorm2d,
     RefBatchNorm2d,
     SyncRefBatchNorm2d,
     VirtualBatchNorm2d,
@@ -39,6 +40,7 @@ NORMS = [
     RefBatchNorm2d,
     SyncRefBatchNorm2d,
     BatchRenorm2d,
+    MovingAverageBatchNorm2d,
     torchvision.ops.FrozenBatchNorm2d,
 ]
 

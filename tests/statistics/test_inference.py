@@ -9,7 +9,12 @@ from fvcore.nn import update_bn_stats
 from torch import distributed as dist
 from torch import nn
 
-from refbn_d2.norms import BatchRenorm2d, EvalRefBatchNorm2d, RefBatchNorm2d
+from refbn_d2.norms import (
+    BatchRenorm2d,
+    EvalRefBatchNorm2d,
+    MovingAverageBatchNorm2d,
+    RefBatchNorm2d,
+)
 from refbn_d2.statistics.inference import recompute_statistics
 
 
@@ -91,8 +96,9 @@ def test_it_does_not_depend_on_what_was_there_before():
         assert torch.equal(a, b)
 
 
-def test_layers_that_are_not_reached_or_train_by_their_statistics_keep_them():
-    model = _network(BatchRenorm2d)
+@pytest.mark.parametrize("kind", [BatchRenorm2d, MovingAverageBatchNorm2d])
+def test_layers_that_are_not_reached_or_train_by_their_statistics_keep_them(kind):
+    model = _network(kind)
     model.unused = nn.BatchNorm2d(2)
     model.forward = lambda x: model[2](model[1](model[0](x)))
     before = copy.deepcopy(model.unused.state_dict())
