@@ -185,6 +185,9 @@ PRIVATE: Dict[str, Private] = {
     "torch.nn:Module._modules": Private("norms.convert", "a shared layer is replaced everywhere"),
     "torch.nn:Module._parameters": Private("norms.convert", "values that are None are preserved"),
     "torch.nn:Module._buffers": Private("norms.convert", "values that are None are preserved"),
+    "torch.nn:Module._non_persistent_buffers_set": Private(
+        "norms.convert", "what is no part of the state dict must not become one"
+    ),
     "torch.nn:Module._forward_hooks": Private("norms.fold", "a layer with hooks is not folded"),
     "torch.nn:Module._forward_pre_hooks": Private("norms.fold", "as for _forward_hooks"),
     "torch.nn:Module._load_state_dict_pre_hooks": Private(

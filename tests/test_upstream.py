@@ -56,6 +56,7 @@ def test_an_exchange_that_the_table_does_not_explain_is_refused():
 # Set by a constructor: what holds them has no such attribute itself.
 _SET_LATER = {"_trainer", "_hooks", "_func", "_period", "_do_evaluation"}
 _SET_LATER |= {"_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks"}
+_SET_LATER |= {"_non_persistent_buffers_set"}
 _SET_LATER |= {"_load_state_dict_pre_hooks"}
 
 

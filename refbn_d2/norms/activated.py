@@ -2,8 +2,10 @@
 
 import sys
 from functools import lru_cache
-from typing import Optional
+from types import FunctionType
+from typing import Callable, Optional
 
+import torch
 from torch import Tensor, nn
 
 from .tracing import as_leaf
@@ -16,17 +18,20 @@ class ActivatedNorm(nn.Module):
 
     Attributes:
         norm_kind: Norm class without the activation.
+        normalized: Its forward pass. (TorchScript cannot call super().forward.)
         drop, act: Modules that are applied after the norm, as in timm's BatchNormAct2d.
     """
 
     norm_kind: type
+    normalized: Callable
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies the norm, then ``drop``, then ``act``."""
-        leaf = as_leaf(self, x)  # the leaf must include the activation, not only the norm
-        if leaf is not None:
-            return leaf
-        return self.act(self.drop(super().forward(x)))
+        if not torch.jit.is_scripting():
+            leaf = as_leaf(self, x)  # the leaf must include the activation, not only the norm
+            if leaf is not None:
+                return leaf
+        return self.act(self.drop(self.normalized(x)))
 
     def __reduce__(self):
         # The class is made at run time, so pickle cannot find it by its name.
@@ -43,7 +48,13 @@ def with_activation(kind: type) -> type:
 
     Its constructor is that of ``kind``. The caller then sets the attributes ``drop`` and ``act``.
     """
-    return type(f"{kind.__name__}Act", (ActivatedNorm, kind), {"norm_kind": kind})
+    forward = kind.forward
+    # Under a name of its own, because TorchScript takes the name of a method from its function.
+    normalized = FunctionType(
+        forward.__code__, forward.__globals__, "normalized", closure=forward.__closure__
+    )
+    attributes = {"norm_kind": kind, "normalized": normalized}
+    return type(f"{kind.__name__}Act", (ActivatedNorm, kind), attributes)
 
 
 def _new(kind: type) -> nn.Module:

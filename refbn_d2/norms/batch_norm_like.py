@@ -66,16 +66,16 @@ class BatchNormLike2d(nn.BatchNorm2d):
         if not bias:
             self.register_parameter("bias", None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalizes x of shape (N, C, H, W); the output has its shape, dtype and memory format."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalizes (N, C, H, W) input; the output has its shape, dtype and memory format."""
         if not torch.jit.is_scripting():
-            leaf = as_leaf(self, x)
+            leaf = as_leaf(self, input)
             if leaf is not None:
                 return leaf
-        self._check_input_dim(x)
+        self._check_input_dim(input)
         if self._by_running_stats():
-            return self._normalize_by_running_stats(x)
-        return self._forward_by_batch(x)
+            return self._normalize_by_running_stats(input)
+        return self._forward_by_batch(input)
 
     def _by_running_stats(self) -> bool:
         """Whether the layer is one affine map per channel by its running statistics."""

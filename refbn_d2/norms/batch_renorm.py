@@ -4,7 +4,7 @@ from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .batch_norm_like import BatchNormLike2d
 from .functional import batch_moments
@@ -94,6 +94,8 @@ class BatchRenorm2d(BatchNormLike2d):
 
     @torch.jit.unused  # scripted models only evaluate
     def _forward_by_batch(self, x: Tensor) -> Tensor:
+        if self.running_mean is None:  # taken away, as torch.func's replace_all_batch_norm_modules_
+            return nn.BatchNorm2d.forward(self, x)
         if x.numel() == 0:
             return self._normalize_by_running_stats(x)
 
@@ -118,8 +120,8 @@ class BatchRenorm2d(BatchNormLike2d):
             bias = bias + self.bias.to(d.dtype)
         y = F.batch_norm(x, None, None, weight, bias, training=True, eps=self.eps)
 
-        if recomputes:  # the first pass has already updated the averages
-            return y
+        if recomputes or not self.track_running_stats:
+            return y  # the first pass has already updated the averages, or they are to stay
         with torch.no_grad():
             factor = count_batch(self)
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)

@@ -1,7 +1,7 @@
 """Replaces the norms of a model by another norm type."""
 
 import weakref
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +105,8 @@ def convert_norm(module: nn.Module, norm: str) -> nn.Module:
     layers, left = _find(module)
     for layer in layers.values():
         _check(layer, target)
-    replacements = {layer: _replacement(layer, target) for layer in layers.values()}
+    tensors = (*module.parameters(), *module.buffers())
+    replacements = {layer: _replacement(layer, target, tensors) for layer in layers.values()}
     for parent in list(module.modules()):
         # named_children() would omit the second name of a child that has two names.
         for name, child in parent._modules.items():
@@ -166,10 +167,12 @@ def _check(old: nn.Module, target: NormType) -> None:
 
 
 @torch.no_grad()
-def _replacement(old: nn.Module, target: NormType) -> nn.Module:
+def _replacement(old: nn.Module, target: NormType, around: Sequence[Tensor]) -> nn.Module:
     found = recognized(old)
     if found.kind is target.kind:
         return old
+    # A drop layer or a parametrization may be in another mode than the norm.
+    modes = {name: m.training for name, m in old.named_modules()}
     num_features = getattr(old, "num_features", None) or old.running_mean.numel()
     new = target.build(num_features)
     if found.activated:
@@ -178,7 +181,8 @@ def _replacement(old: nn.Module, target: NormType) -> nn.Module:
     for name in _OPTIONS:
         if hasattr(old, name) and hasattr(new, name):
             setattr(new, name, getattr(old, name))
-    for example in (*old.parameters(), *old.buffers()):
+    # A layer may have no tensors of its own. Its device is then that of the tensors around it.
+    for example in (*old.parameters(), *old.buffers(), *around):
         if example.is_floating_point():
             new.to(device=example.device, dtype=example.dtype)
             break
@@ -188,7 +192,9 @@ def _replacement(old: nn.Module, target: NormType) -> nn.Module:
     if isinstance(old, ReferenceNorm2d) and isinstance(new, ReferenceNorm2d) and old.has_reference:
         new.set_reference(old.ref_mean, old.ref_var, size=int(old.ref_size))
     _take_over_hooks(old, new)
-    return new.train(old.training)
+    for name, training in modes.items():
+        new.get_submodule(name).training = training
+    return new
 
 
 def _take_over(old: nn.Module, new: nn.Module, name: str) -> None:
@@ -196,6 +202,8 @@ def _take_over(old: nn.Module, new: nn.Module, name: str) -> None:
     if not hasattr(old, name):
         return  # for example num_batches_tracked of a frozen norm
     value: Optional[Tensor] = getattr(old, name)
+    if value is None and name == "num_batches_tracked" and old.running_mean is not None:
+        return  # the same, in some versions
     if name in new._parameters:
         if value is not None and not isinstance(value, nn.Parameter):
             value = nn.Parameter(value.detach().clone())
@@ -206,6 +214,7 @@ def _take_over(old: nn.Module, new: nn.Module, name: str) -> None:
         # A frozen norm needs every buffer. If the value is None, keep the scale 1 or the shift 0.
         if value is not None or isinstance(new, _NormBase):
             new._buffers[name] = value
+    new._non_persistent_buffers_set.update(old._non_persistent_buffers_set & {name})
 
 
 def _take_over_hooks(old: nn.Module, new: nn.Module) -> None:

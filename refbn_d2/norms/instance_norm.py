@@ -34,11 +34,12 @@ class InstanceNorm2d(nn.InstanceNorm2d):
     def __init__(self, num_features: int, eps: float = 1e-5, device=None, dtype=None):
         super().__init__(num_features, eps, affine=True, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalizes x, (N, C, H, W); same shape and dtype out."""
-        leaf = as_leaf(self, x)
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalizes (N, C, H, W) input; same shape and dtype out."""
+        leaf = as_leaf(self, input)
         if leaf is not None:
             return leaf
+        x = input
         check_channels(x, self.num_features)
         if x.numel() == 0 or x.shape[2] * x.shape[3] == 1:
             mean = x.to(statistics_dtype(x)).sum(dim=(2, 3))

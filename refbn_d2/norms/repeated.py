@@ -35,6 +35,8 @@ class RecentPasses:
         """Returns the values of the first pass over that batch, or ``values`` if there was none."""
         self._repeated = True
         for old_key, *old_values in self._passes:
+            if type(old_key) is not type(key) or old_key.device != key.device:
+                continue  # a pass on the meta device, with fake tensors or of another replica
             # Compared on the device, because reading the result would wait for it.
             same = (old_key == key).all()
             values = tuple(torch.where(same, old, v) for old, v in zip(old_values, values))

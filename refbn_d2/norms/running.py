@@ -19,13 +19,14 @@ def count_batch(norm: _NormBase) -> float:
 def update_running_stats(norm: _NormBase, mean: Tensor, var: Tensor) -> None:
     """Updates the running statistics of ``norm`` with the statistics of one batch.
 
-    Like BatchNorm, this does nothing in eval mode or if the norm tracks no running statistics.
+    Like BatchNorm, this does nothing in eval mode or if the norm tracks no running statistics, also
+    if that was switched off later, so that they stay as they are.
 
     Args:
         norm: Layer whose ``running_mean`` and ``running_var`` are updated in place.
         mean, var: Tensors of shape (C,) without gradient.
     """
-    if not norm.training or norm.running_mean is None:
+    if not norm.training or not norm.track_running_stats or norm.running_mean is None:
         return
     factor = count_batch(norm)
     for running, value in ((norm.running_mean, mean), (norm.running_var, var)):

@@ -63,11 +63,12 @@ class SwitchableNorm2d(nn.InstanceNorm2d):
             nn.init.ones_(self.mean_weight)
             nn.init.ones_(self.var_weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalizes x, (N, C, H, W); same shape and dtype out."""
-        leaf = as_leaf(self, x)
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalizes (N, C, H, W) input; same shape and dtype out."""
+        leaf = as_leaf(self, input)
         if leaf is not None:
             return leaf
+        x = input
         check_channels(x, self.num_features)
         dtype = statistics_dtype(x)
         if x.numel() > 0:

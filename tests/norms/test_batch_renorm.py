@@ -182,3 +182,25 @@ def test_activation_checkpointing_changes_no_gradient(reentrant, calls):
     saved = gradients(lambda model, x: checkpoint(model, x, use_reentrant=reentrant))
     for a, b in zip(plain, saved):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(a.abs().max()))
+
+
+def test_passes_on_another_device_are_not_recalled():
+    with torch.device("meta"):
+        norm = BatchRenorm2d(4)
+    norm(torch.empty(2, 4, 3, 3, device="meta"))
+    norm.to_empty(device="cpu").load_state_dict(nn.BatchNorm2d(4).state_dict())
+    plain, x = copy.deepcopy(norm), torch.randn(2, 4, 3, 3, requires_grad=True)
+    (wanted,) = torch.autograd.grad(plain(x).pow(3).sum(), x)
+    (grad,) = torch.autograd.grad(checkpoint(norm, x, use_reentrant=False).pow(3).sum(), x)
+    assert torch.equal(grad, wanted)
+
+
+def test_running_statistics_that_are_taken_away_or_frozen():
+    norm, theirs, x = BatchRenorm2d(4), nn.BatchNorm2d(4), torch.randn(2, 4, 3, 3)
+    norm.track_running_stats = False
+    norm(x)
+    assert norm.running_mean.tolist() == [0] * 4 and norm.num_batches_tracked == 0
+    norm.track_running_stats = True
+    for m in (norm, theirs):
+        torch.func.replace_all_batch_norm_modules_(m)
+    assert torch.equal(norm(x), theirs(x)) and torch.equal(norm.eval()(x), theirs.eval()(x))

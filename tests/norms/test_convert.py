@@ -23,6 +23,7 @@ from refbn_d2.norms import (
 )
 
 NAMES = [name for name, t in NORM_TYPES.items() if t.convertible]
+OURS = ["RefBN", "SyncRefBN", "EvalRefBN", "VBN", "BRN", "SN", "IN"]
 
 
 def _trained(kind, c=4, **kwargs):
@@ -142,6 +143,37 @@ def test_dtype_and_mode_are_kept():
     assert [m.training for m in net] == [True, False]
 
 
+@pytest.mark.parametrize("target", ["RefBN", "SyncRefBN", "VBN"])
+def test_a_layer_without_tensors_is_where_its_neighbours_are(target):
+    bare = nn.BatchNorm2d(4, affine=False, track_running_stats=False)
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), bare).to("meta", torch.float64)
+    layer = convert_norm(net, target)[1]
+    assert all(b.is_meta and b.dtype == torch.float64 for b in layer.buffers())
+
+
+def test_buffers_that_are_not_saved_stay_so():
+    bn = nn.BatchNorm2d(4)
+    bn.register_buffer("num_batches_tracked", bn.num_batches_tracked, persistent=False)
+    for name in ("BRN", "BN"):
+        bn = convert_norm(bn, name)
+        assert set(bn.state_dict()) == {"weight", "bias", "running_mean", "running_var"}
+
+
+def test_a_counter_that_is_none_as_in_frozen_norms_of_later_detectron2():
+    frozen = FrozenBatchNorm2d(4)
+    frozen.register_buffer("num_batches_tracked", None)
+    for name in ("BN", "RefBN", "EvalRefBN", "BRN"):
+        layer = convert_norm(copy.deepcopy(frozen), name).train()
+        layer(torch.randn(2, 4, 3, 3))
+        assert layer.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("kind", [t.kind for n, t in NORM_TYPES.items() if n in OURS])
+def test_the_input_may_be_named_as_for_batch_norm(kind):
+    x = torch.randn(2, 4, 3, 3)
+    assert torch.equal(kind(4)(input=x), kind(4)(x))
+
+
 def test_other_norms_and_layers_of_that_norm_are_left_alone():
     own = RefBatchNorm2d(4, pseudo_count=5.0)
     others = [nn.GroupNorm(2, 4), SwitchableNorm2d(4), nn.InstanceNorm2d(4), nn.Conv2d(4, 4, 1)]
@@ -217,6 +249,19 @@ def test_parametrizations_stay():
     net = convert_norm(nn.Sequential(bn), "RefBN")
     assert isinstance(net[0], RefBatchNorm2d) and torch.equal(net(x), wanted)
     assert net[0].parametrizations.weight.original is original
+
+
+class _ByMode(nn.Module):
+    def forward(self, w):
+        return 2 * w if self.training else 3 * w
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_parametrization_stays_in_its_mode(training):
+    bn = nn.BatchNorm2d(4).train(not training)
+    parametrize.register_parametrization(bn, "weight", _ByMode())
+    bn.parametrizations.weight[0].train(training)
+    assert convert_norm(bn, "RefBN").weight.tolist() == [2 if training else 3] * 4
 
 
 @pytest.mark.parametrize("target", [n for n in NAMES if n not in ("FrozenBN", "naiveSyncBN")])
@@ -328,6 +373,20 @@ class TestTimm:
         if source == "BatchNormAct2d" and target != "VBN":
             names = {k for k in net.state_dict() if "ref_" not in k}
             assert set(nn.Sequential(layer).state_dict()) - names <= {"0.num_batches_tracked"}
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_the_drop_layer_stays_in_its_mode(self, training):
+        """Dropout that stays active in evaluation, or a norm that trains without it."""
+        layer = self._layer().train(not training)
+        layer.drop.train(training)
+        result = convert_norm(layer, "RefBN")
+        assert (result.training, result.drop.training) == (not training, training)
+
+    @pytest.mark.parametrize("target", ["BN", "RefBN", "SyncRefBN", "EvalRefBN", "BRN"])
+    def test_converted_layers_can_be_scripted(self, target):
+        layer, x = self._layer(), torch.randn(2, 4, 3, 3)
+        scripted = torch.jit.script(convert_norm(nn.Sequential(copy.deepcopy(layer)), target))
+        assert torch.allclose(scripted(x), layer(x), atol=1e-6)
 
     @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
     def test_converted_layers_can_be_copied_and_converted_back(self, copied):

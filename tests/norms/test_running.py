@@ -23,6 +23,9 @@ def test_eval_mode_and_missing_statistics_change_nothing():
     norm = nn.BatchNorm2d(2).eval()
     update_running_stats(norm, torch.ones(2), torch.full((2,), 5.0))
     assert norm.running_mean.tolist() == [0, 0] and norm.num_batches_tracked == 0
+    norm.train().track_running_stats = False  # switched off later, to freeze them
+    update_running_stats(norm, torch.ones(2), torch.full((2,), 5.0))
+    assert norm.running_mean.tolist() == [0, 0] and norm.num_batches_tracked == 0
     norm = nn.BatchNorm2d(2, track_running_stats=False)
     update_running_stats(norm, torch.ones(2), torch.ones(2))
     assert norm.running_mean is None
