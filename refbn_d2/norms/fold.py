@@ -1,5 +1,6 @@
 """Folds norms into the preceding convolutions, for inference."""
 
+import inspect
 from collections import Counter
 from contextlib import contextmanager
 from typing import Dict, Iterator, List, Optional, Set, Tuple
@@ -44,7 +45,7 @@ def _is_detectron2_conv(module: nn.Module) -> bool:
 
 def _is_foldable_into(conv: nn.Module) -> bool:
     """Whether ``conv`` computes only a convolution with its ``weight`` and ``bias``."""
-    if _is_observed(conv):
+    if _is_observed(conv) or "forward" in vars(conv):  # this instance has its own forward function
         return False
     if _is_detectron2_conv(conv):
         return conv.norm is None and conv.activation is None
@@ -57,6 +58,9 @@ def _is_foldable_into(conv: nn.Module) -> bool:
 
 
 class _Tracer(fx.Tracer):
+    # So that the graph shows who uses the statistics of a norm that would be gone.
+    proxy_buffer_attributes = True
+
     def is_leaf_module(self, m: nn.Module, name: str) -> bool:
         if isinstance(m, nn.Conv2d) or recognized(m) is not None:
             return True
@@ -67,36 +71,87 @@ class _Tracer(fx.Tracer):
 
 
 @contextmanager
-def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Restores the attributes of all modules, which a traced forward pass may change."""
+def _attributes_kept(model: nn.Module) -> Iterator[Set[fx.Node]]:
+    """Restores the attributes of all modules, which a traced forward pass may change.
+
+    Yields:
+        An empty set. At the end of the block it is filled with the nodes whose values the forward
+        pass has left in attributes, where others may read them.
+    """
     before = [(m, dict(vars(m))) for m in model.modules()]
+    lists = [(v, v.copy()) for _, attributes in before for v in attributes.values() if _grows(v)]
+    left: Set[fx.Node] = set()
     try:
-        yield
+        yield left
     finally:
         for m, attributes in before:
+            left.update(v.node for v in vars(m).values() if isinstance(v, fx.Proxy))
             vars(m).clear()
             vars(m).update(attributes)
+        for now, then in lists:
+            values = now.values() if isinstance(now, dict) else now
+            left.update(v.node for v in values if isinstance(v, fx.Proxy))
+            now.clear()
+            now.update(then) if isinstance(now, dict) else now.extend(then)
+
+
+def _grows(value: object) -> bool:
+    return type(value) in (list, dict)
+
+
+def _graphs(model: nn.Module) -> List[fx.Graph]:
+    """Traces the model with all arguments, and also with those that have a default left out.
+
+    A trace shows one path only, and a forward pass may take another one if an argument is None.
+    """
+    parameters = inspect.signature(type(model).forward).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    graphs = [_Tracer().trace(model)]
+    if defaults:
+        graphs.append(_Tracer().trace(model, concrete_args=defaults))
+    return graphs
 
 
 def _traced_pairs(model: nn.Module) -> List[Pair]:
     """Pairs of a convolution and a norm where each is called once and only the norm uses the
     convolution's output."""
-    with _attributes_kept(model):
-        graph = _Tracer().trace(model)
+    if "forward" in vars(model):
+        raise ValueError("the forward function is an instance's own, which fx passes over")
+    with _attributes_kept(model) as left:
+        graphs = _graphs(model)
+    first, *others = (_pairs_of(model, graph, left) for graph in graphs)
+    return [pair for pair in first if all(pair in pairs for pairs in others)]
+
+
+def _pairs_of(model: nn.Module, graph: fx.Graph, left: Set[fx.Node]) -> List[Pair]:
     modules = dict(model.named_modules(remove_duplicate=False))
     calls = [n for n in graph.nodes if n.op == "call_module"]
     uses = Counter(modules[n.target] for n in calls)
+    # Weights, biases and statistics that are used in another way than by calling the module.
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.users:
+            uses[modules.get(node.target.rpartition(".")[0])] += 1
     pairs = []
     for node in calls:
         norm, source = modules[node.target], node.args[0] if node.args else None
         if not (_is_affine_map(norm) and isinstance(source, fx.Node)):
             continue
-        if source.op != "call_module" or len(source.users) > 1:
+        if source.op != "call_module" or len(source.users) > 1 or source in left:
             continue
+        # What surrounds only one of the two sees the convolution's output if it has hooks.
+        between = _around(source.target) ^ _around(node.target)
         conv = modules[source.target]
+        if any(_is_observed(modules[name]) for name in between):
+            continue
         if _is_foldable_into(conv) and uses[conv] == uses[norm] == 1:
             pairs.append((conv, norm))
     return pairs
+
+
+def _around(name: str) -> Set[str]:
+    """The names of the modules that contain the module ``name``, without the model itself."""
+    parts = name.split(".")
+    return {".".join(parts[:k]) for k in range(1, len(parts))}
 
 
 def _find_pairs(model: nn.Module) -> Tuple[List[Pair], Optional[Exception]]:
@@ -132,11 +187,12 @@ def fold_norms(model: nn.Module) -> nn.Module:
     nothing in inference; the convolution gets a bias. The drop layer and the activation of timm's
     BatchNormAct2d stay. detectron2's convolutions contain their ``norm``. For all other
     convolutions :mod:`torch.fx` traces the model to find the norm that follows. If the model cannot
-    be traced, its largest traceable parts are.
+    be traced, its largest traceable parts are; the model must call them as a whole.
 
     A norm is not folded if it does not follow a convolution, if the convolution's output has other
-    uses, if the norm or the convolution is called more than once or has hooks, or if it is in a
-    part that cannot be traced. The log states how many norms were folded (INFO) and which
+    uses, if the norm or the convolution is called more than once or has hooks, if their weights are
+    used elsewhere, or if it is in a part that cannot be traced. Only the forward pass counts, not
+    other methods of the model. The log states how many norms were folded (INFO) and which
     BatchNorm-like norms were not (WARNING).
 
     Args:

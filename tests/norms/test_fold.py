@@ -164,6 +164,110 @@ def test_a_norm_watched_by_a_hook_is_left_alone():
         assert torch.equal(fold_norms(model)(x), wanted)
 
 
+class _Pair(nn.Module):
+    """A convolution and a norm that a subclass also uses in a way that folding would change."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3, padding=1), RefBatchNorm2d(4)
+        self.last, self.seen = None, []
+
+
+class _TiedWeight(_Pair):
+    def forward(self, x):
+        y = self.bn(self.conv(x)).relu()
+        return nn.functional.conv_transpose2d(y, self.conv.weight, padding=1)
+
+
+class _NormWeightUsed(_Pair):
+    def forward(self, x):
+        return self.bn(self.conv(x)) * self.bn.weight.abs().mean() + self.bn.running_var.mean()
+
+
+class _OutputWithoutSkip(_Pair):
+    def forward(self, x, skip=None):
+        y = self.conv(x)
+        return self.bn(y) + (y if skip is None else skip)
+
+
+class _NormIfAsked(_Pair):
+    def forward(self, x, normalized=None):
+        y = self.conv(x)
+        return y if normalized is None else self.bn(y)
+
+
+class _LeftInAnAttribute(_Pair):
+    def forward(self, x):
+        self.last = self.conv(x)
+        return self.bn(self.last)
+
+
+class _LeftInAList(_Pair):
+    def forward(self, x):
+        self.seen[:] = []
+        self.seen.append(self.conv(x))
+        return self.bn(self.seen[0])
+
+
+class _SeenByAHook(_Pair):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Sequential(self.conv)
+        self.conv.register_forward_hook(lambda m, x, y: setattr(self, "last", y))
+
+    def forward(self, x):
+        return self.bn(self.conv(x))
+
+
+class _OwnForward(_Pair):
+    def __init__(self):
+        super().__init__()
+        forward = self.conv.forward
+        self.conv.forward = lambda x: 2 * forward(x)
+
+    def forward(self, x):
+        return self.bn(self.conv(x))
+
+
+class _OwnForwardOfAll(_OwnForward):
+    def __init__(self):
+        super().__init__()
+        del self.conv.forward
+        self.forward = lambda x: self.bn(self.conv(x)) + self.conv(x)
+
+
+@pytest.mark.parametrize("kind", [k for k in _Pair.__subclasses__()] + [_OwnForwardOfAll])
+def test_a_pair_that_is_used_in_another_way_too_is_left_alone(kind):
+    model = _trained_statistics(kind())
+    x = torch.randn(2, 3, 6, 6)
+    with torch.no_grad():
+        wanted = [model(x), model.last, *model.seen]
+        model.seen.clear()
+        try:
+            fold_norms(model)
+        except ValueError:
+            assert kind is _OwnForwardOfAll  # cannot be traced
+        assert type(model.bn) is RefBatchNorm2d and model.seen == []
+        for actual, expected in zip([model(x), model.last, *model.seen], wanted):
+            assert actual is expected is None or torch.equal(actual, expected)
+
+
+def test_optional_arguments_alone_prevent_nothing():
+    class Optional(_Pair):
+        def forward(self, x, skip=None, scale=2.0):
+            y = self.bn(self.conv(x)) * scale
+            return y if skip is None else y + skip
+
+    model = _trained_statistics(Optional())
+    x, skip = torch.randn(2, 3, 6, 6), torch.randn(2, 4, 6, 6)
+    with torch.no_grad():
+        wanted = [model(x), model(x, skip), model(x, scale=3.0)]
+        fold_norms(model)
+        for actual, expected in zip([model(x), model(x, skip), model(x, scale=3.0)], wanted):
+            assert oracle.relative_error(actual, expected) < 1e-5
+    assert type(model.bn) is nn.Identity
+
+
 class _PartlyTraceable(nn.Module):
     """Cannot be traced as a whole; ``shared`` is used by two of its parts."""
 
