@@ -125,9 +125,17 @@ def _per_level(norm: Union[str, Callable, None], num_levels: int) -> Union[str, 
     kind = NORM_TYPES[norm].kind
     if kind is not None and issubclass(kind, _BatchNorm):
         logger.info("Using %s per level in RetinaNetHead, for %d levels.", norm, num_levels)
-        return lambda channels: _PerLevelNorms(num_levels, kind, num_features=channels)
+        build = partial(_without_affine, NORM_TYPES[norm].build)
+        return lambda channels: _PerLevelNorms(num_levels, build, num_features=channels)
     if getattr(_get_norm(norm, 8), "running_mean", None) is not None:
         logger.warning("Shared BatchNorm (type=%s) may not work well in RetinaNetHead.", norm)
+    return norm
+
+
+def _without_affine(build: Callable, num_features: int, affine: bool = False) -> nn.Module:
+    """What ``build`` makes, with its options, for a list whose levels share weight and bias."""
+    norm = build(num_features)
+    norm.affine, norm.weight, norm.bias = affine, None, None
     return norm
 
 

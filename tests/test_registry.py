@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import tiny
@@ -56,6 +57,7 @@ ORDERS = {
 # An import finder that does not find detectron2, as on a machine without it.
 WITHOUT = """
 import sys
+from functools import partial
 class Blocker:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "detectron2":
@@ -289,7 +291,7 @@ def _retinanet_head(norm, **kwargs):
     )
 
 
-@pytest.mark.parametrize("norm", ["RefBN", "SyncRefBN", "VBN", "BRN", "MABN"])
+@pytest.mark.parametrize("norm", ["RefBN", "SyncRefBN", "EvalRefBN", "VBN", "BRN", "MABN"])
 def test_retinanets_levels_have_statistics_of_their_own(norm):
     torch.manual_seed(0)
     head = _retinanet_head(norm)
@@ -309,6 +311,19 @@ def test_retinanets_levels_have_statistics_of_their_own(norm):
     assert all(m.num_batches_tracked == 1 for m in levels)
     if NORM_TYPES[norm].holds_reference:
         assert torch.equal(levels.ref_mean, before)
+
+
+def test_retinanets_levels_have_the_options_of_a_norm_of_ones_own():
+    build = partial(RefBatchNorm2d, pseudo_count=5.0, eps=1e-3)
+    refbn_d2.register_norm("RefBN5", build, kind=RefBatchNorm2d)
+    try:
+        levels = _retinanet_head("RefBN5").cls_subnet[1]
+    finally:
+        refbn_d2.unregister_norm("RefBN5")
+    assert isinstance(levels, CycleBatchNormList)
+    assert [(m.pseudo_count, m.eps, m.affine, m.weight, m.bias) for m in levels] == [
+        (5.0, 1e-3, False, None, None)
+    ] * 3
 
 
 def test_retinanet_with_upstreams_norms_is_as_it_was():

@@ -1,6 +1,6 @@
 """Captures the references of all reference norms of a model in one forward pass."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Iterator, List, Optional, Tuple
 
 import torch
@@ -9,7 +9,27 @@ from torch import nn
 from .moments import Gather, Moments
 from .reference_norm import ReferenceNorm2d
 
-__all__ = ["capture"]
+__all__ = ["buffers_restored", "capture"]
+
+
+@contextmanager
+def buffers_restored(model: nn.Module) -> Iterator[None]:
+    """Context manager: at its end all buffers of ``model`` are as they were, the same tensors."""
+    # A forward pass changes buffers either in place or by replacing the tensor.
+    buffers = [
+        (m, name, b, b.clone())
+        for m in model.modules()
+        for name, b in m.named_buffers(recurse=False)
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for m, name, buffer, value in buffers:
+                # What cannot be written (an expanded tensor, one of inference mode) was not.
+                with suppress(RuntimeError):
+                    buffer.copy_(value)
+                m._buffers[name] = buffer
 
 
 @contextmanager
@@ -34,7 +54,7 @@ def capture(model: nn.Module, gather: Optional[Gather] = None) -> Iterator[List[
 
     Raises:
         ValueError: If a layer saw only one value per channel; see
-            :meth:`ReferenceNorm2d.check_reference`.
+            :meth:`ReferenceNorm2d.check_reference`. Or if another block captures the same layers.
 
     Example::
 
@@ -42,27 +62,19 @@ def capture(model: nn.Module, gather: Optional[Gather] = None) -> Iterator[List[
             model(images)
     """
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, ReferenceNorm2d)]
-    # A forward pass in training mode also updates the statistics of norms without a reference,
-    # either in place or by replacing the tensor.
-    buffers = [
-        (m, name, b, b.clone())
-        for m in model.modules()
-        for name, b in m.named_buffers(recurse=False)
-    ]
+    if any(layer._moments is not None for _, layer in layers):
+        raise ValueError("another capture of the same layers is running: it would lose its values")
     taken: List[Tuple[str, int]] = []
     moments = {layer: Moments(gather) for _, layer in layers}
     for layer, m in moments.items():
         layer._moments = m
     try:
-        with torch.no_grad():
+        # Norms without a reference update their statistics in training mode.
+        with buffers_restored(model), torch.no_grad():
             yield taken
     finally:
         for layer in moments:
             layer._moments = None
-        with torch.no_grad():
-            for m, name, buffer, value in buffers:
-                buffer.copy_(value)
-                m._buffers[name] = buffer
     reached = [(name, layer, moments[layer]) for name, layer in layers if moments[layer].count > 0]
     for _, layer, m in reached:  # check all before setting any, so that an error changes nothing
         layer.check_reference(m.count, m.samples)

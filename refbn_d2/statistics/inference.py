@@ -15,6 +15,7 @@ from ..norms import (
     ReferenceNorm2d,
     batch_moments,
 )
+from ..norms.capture import buffers_restored
 from ..rng import forked_rng
 
 __all__ = ["recompute_statistics"]
@@ -73,7 +74,6 @@ def recompute_statistics(
     held = set() if not model.training else {m for m, mode in training.items() if not mode}
     norms = [m for m in _norms(model) if m not in held]
     momenta = [m.momentum for m in norms]
-    buffers = [(b, b.clone()) for b in model.buffers()]
     sums: Dict[nn.Module, List[Tensor]] = {}
 
     def add(m: nn.Module, inputs: Tuple[Tensor], _output: Tensor) -> None:
@@ -98,7 +98,7 @@ def recompute_statistics(
             m.training = m not in held
         for m in norms:
             m.momentum = 1.0
-        with forked_rng(0), EventStorage():
+        with buffers_restored(model), forked_rng(0), EventStorage():
             for batch in itertools.islice(batches, num_batches):
                 model(batch)
     finally:
@@ -106,8 +106,6 @@ def recompute_statistics(
             handle.remove()
         for m, momentum in zip(norms, momenta):
             m.momentum = momentum
-        for buffer, value in buffers:
-            buffer.copy_(value)
         for m, mode in training.items():
             m.training = mode
     done = 0

@@ -138,6 +138,31 @@ def test_parts_weigh_as_many_elements_as_they_have():
     assert layer.ref_var.item() == pytest.approx(0.25 * 0.75)
 
 
+def test_buffers_that_cannot_be_written_are_no_obstacle():
+    net = _net()
+    net.register_buffer("positions", torch.arange(6).expand(3, 6))
+    with torch.inference_mode():
+        net.register_buffer("pixel_std", torch.ones(3))
+    before = _state(net)
+    with capture(net) as taken:
+        net(torch.randn(2, 3, 6, 6))
+    assert [name for name, _ in taken] == ["1", "6"]
+    assert {k.split(".")[-1][:3] for k in _differing(net, before)} == {"ref"}
+
+
+def test_captures_of_the_same_layers_do_not_overlap():
+    net, x = _net(), torch.randn(2, 3, 6, 6)
+    alone = copy.deepcopy(net)
+    with capture(alone):
+        alone(x)
+    with capture(net):
+        with pytest.raises(ValueError, match="another capture"):
+            with capture(net[1]):
+                pass
+        net(x)
+    assert not _differing(net, alone.state_dict())
+
+
 @pytest.mark.parametrize("captured", [True, False])
 def test_an_error_leaves_everything_as_it_was(captured):
     net = _net().eval()

@@ -86,6 +86,25 @@ def test_nothing_else_changes():
         assert a.training == b.training and getattr(a, "momentum", 0) == getattr(b, "momentum", 0)
 
 
+class _ReplacesItsBuffer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("steps", torch.zeros(()))
+        self.register_buffer("expanded", torch.arange(3).expand(2, 3))
+
+    def forward(self, x):
+        self.steps = self.steps + 1
+        return x
+
+
+def test_buffers_that_are_replaced_or_cannot_be_written():
+    model = _network(nn.BatchNorm2d)
+    model.append(_ReplacesItsBuffer())
+    steps = model[4].steps
+    assert recompute_statistics(model, _batches(), 2) == 2
+    assert model[4].steps is steps and steps == 0
+
+
 def test_it_does_not_depend_on_what_was_there_before():
     models = [_network(RefBatchNorm2d) for _ in range(2)]
     models[1][0].running_mean.fill_(9)
