@@ -178,10 +178,8 @@ class Checkpointer(DetectionCheckpointer):
         """Returns the path of the checkpoint to resume from, the same on every process, or ''."""
         if "://" in self.save_dir:
             return self.get_checkpoint_file() if self.has_checkpoint() else ""
-        found, skipped = "", []
-        if comm.is_main_process():
-            found, skipped = self._search()
-        found, skipped = comm.all_gather((found, skipped))[0]
+        searched = self._search() if comm.is_main_process() else ("", [])
+        found, skipped = comm.all_gather(searched)[0]
         if skipped and not found:
             raise UserError(
                 f"no checkpoint in {self.save_dir} is intact: {'; '.join(skipped)}. Start again "
@@ -201,7 +199,7 @@ class Checkpointer(DetectionCheckpointer):
             for leftover in Path(self.save_dir).glob("*" + PARTIAL):
                 leftover.unlink()
         files = sorted(map(str, self._files()), key=os.path.getmtime, reverse=True)
-        skipped = []
+        skipped: List[str] = []
         for path in dict.fromkeys([tagged, *files] if tagged else files):
             damage = self._damage(path)
             if not damage:
@@ -217,7 +215,7 @@ class Checkpointer(DetectionCheckpointer):
             missing = [k for k in ("model", *self.checkpointables) if k not in content]
             return f"it has no {missing[0]!r}" if missing else ""
         except OSError as e:
-            return e.strerror
+            return e.strerror or first_sentence(e)
         except Exception as e:  # a damaged file may raise any exception
             return first_sentence(e)
 

@@ -14,6 +14,7 @@ from refbn_d2.engine import Trainer
 from refbn_d2.engine.checkpoint import Checkpointer
 from refbn_d2.errors import UserError
 from refbn_d2.io.atomic import PARTIAL
+from refbn_d2.weights import safe_pickle
 from refbn_d2.weights.convert import freeze
 
 
@@ -167,6 +168,19 @@ def test_resume_skips_what_is_damaged_and_says_so(tmp_path, caplog, damage, reas
     damage(tmp_path / "model_0000000.pth")
     with pytest.raises(UserError, match="no checkpoint .* is intact.*model_0000002.*without"):
         _resumed(tmp_path)
+
+
+def test_resume_skips_what_cannot_be_read_for_a_reason_without_a_number(tmp_path, caplog):
+    _three(tmp_path)
+
+    def load(file, *args, load=safe_pickle.load_torch, **kwargs):
+        if str(file).endswith("model_0000002.pth"):
+            raise OSError("incomplete read")  # its strerror is None
+        return load(file, *args, **kwargs)
+
+    with mock.patch.object(safe_pickle, "load_torch", load):
+        assert _resumed(tmp_path) == 1
+    assert "model_0000002.pth: incomplete read" in caplog.text
 
 
 def test_no_byte_of_a_checkpoint_can_change_what_is_resumed(tmp_path):
