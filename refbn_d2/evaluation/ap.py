@@ -84,6 +84,7 @@ def evaluate(
         slices = scorer.slice_by({str(n): list(ids) for n, ids in enumerate(subsets)})
         errors = scorer.tide_errors()["delta_ap"]
         calibration = scorer.calibration()["ece"]
+    assert scorer.eval is not None  # since accumulate()
     stats = dict(zip(scorer.metric_keys(), scorer.stats))
     # axes: IoU, recall, category, area range (the first: all), detections per image
     precision = _valid(np.asarray(scorer.eval["precision"])[:, :, :, 0, -1])

@@ -44,7 +44,9 @@ class _HotCOCOeval(COCOeval):
         if self.params.iouType == "keypoints":
             return super().accumulate(p)
         self._scorer.accumulate()
-        self.eval = {k: v for k, v in self._scorer.eval.items() if k != "params"}
+        found = self._scorer.eval
+        assert found is not None  # since accumulate()
+        self.eval = {k: v for k, v in found.items() if k != "params"}
         self.eval.update({k: np.asarray(self.eval[k]) for k in ("precision", "recall", "scores")})
 
 
@@ -54,6 +56,8 @@ class FastCOCOEvaluator(COCOEvaluator):
     Both give the same result dict; pycocotools is available to check that. If the limit of
     detections per image is not 100, detectron2's own pycocotools code is always used.
     """
+
+    _coco_api: COCO
 
     def __init__(self, dataset_name: str, *args: Any, backend: str = "hotcoco", **kwargs: Any):
         """

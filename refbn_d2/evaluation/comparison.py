@@ -112,6 +112,12 @@ class Comparison:
         """Whether ``label`` is better or worse than its baseline, or practically the same."""
         return self.primary_difference(label).verdict(self.margin)
 
+    def base_of(self, label: str) -> NormRuns:
+        """Returns the runs that ``label``, one of ``differences``, is compared with."""
+        base = self.groups[label].baseline
+        assert base is not None  # without a baseline there is no difference
+        return self.groups[base]
+
     def clearest(self) -> List[NormRuns]:
         """One group per norm, under the condition with the smallest p, to save space on a page."""
         best: Dict[str, Tuple[float, NormRuns]] = {}

@@ -134,10 +134,12 @@ def _errors(comparison: Comparison, iou_type: str) -> Dict[str, Any]:
 
     rows = []
     for group in comparison.groups.values():
-        own = values(group)
-        base = values(comparison.groups[group.baseline]) if group.baseline else own
+        own = base = values(group)
+        paired = False
+        if group.baseline:
+            base = values(comparison.groups[group.baseline])
+            paired = group.paired_with(comparison.groups[group.baseline])
         cells = []
-        paired = bool(group.baseline) and group.paired_with(comparison.groups[group.baseline])
         for a, b in zip(base, own):
             cell = {"value": number(float(b.mean())), "delta": "", "interval": ""}
             if group.baseline:
@@ -150,8 +152,8 @@ def _errors(comparison: Comparison, iou_type: str) -> Dict[str, Any]:
 
 def _over_seeds(base: np.ndarray, other: np.ndarray, paired: bool) -> Difference:
     """The difference of two norms on these images only, which therefore add no variance."""
-    given = [np.repeat(x[:, None], 2, axis=1) for x in (base, other)]
-    return difference(base, other, *given, 2, paired=paired)
+    given, given_other = (np.repeat(x[:, None], 2, axis=1) for x in (base, other))
+    return difference(base, other, given, given_other, 2, paired=paired)
 
 
 def _as_text(value: Any) -> Any:
@@ -180,7 +182,7 @@ def _precision_recall(comparison: Comparison) -> List[Dict[str, str]]:
 def _categories(comparison: Comparison, groups: List[NormRuns]) -> List[Dict[str, Any]]:
     found = []
     for group in groups:
-        base = comparison.groups[group.baseline]
+        base = comparison.base_of(group.label)
         for t in comparison.iou_types:
             rows = _category_rows(comparison, base, group, t)
             if not rows:

@@ -56,10 +56,10 @@ class GroundTruth:
 
 def _by_id(
     path: Path, entries: Any, kind: str, allow_text: bool = False
-) -> Dict[int, Dict[str, Any]]:
+) -> Dict[Any, Dict[str, Any]]:
     if not isinstance(entries, list):
         raise UserError(f"{path}: is no COCO ground truth, it has no list of {kind}")
-    found: Dict[int, Dict[str, Any]] = {}
+    found: Dict[Any, Dict[str, Any]] = {}
     for n, entry in enumerate(entries):
         if not isinstance(entry, dict):
             raise UserError(f"{path}: {kind}[{n}] is {entry!r:.80}, no object with an id")
@@ -160,14 +160,14 @@ def check_ground_truth(
             raise UserError(f"{path}: category {key}: name {category['name']!r} is not text")
     for key, annotation in annotations.items():
         where = f"{path}: annotation {key}"
-        image, category = annotation.get("image_id"), annotation.get("category_id")
+        image_id, category_id = annotation.get("image_id"), annotation.get("category_id")
         for field in ("image_id", "category_id"):
             if annotation.get(field) is None and (evaluated or field == "category_id"):
                 raise UserError(f"{where} has no {field}")
-        if evaluated and (not is_int(image) or image not in images):
-            raise UserError(f"{where} is of unknown image {_named(image)}")
-        if not is_int(category) or category not in categories:
-            raise UserError(f"{where} is of unknown category {_named(category)}")
+        if evaluated and (not is_int(image_id) or image_id not in images):
+            raise UserError(f"{where} is of unknown image {_named(image_id)}")
+        if not is_int(category_id) or category_id not in categories:
+            raise UserError(f"{where} is of unknown category {_named(category_id)}")
         problem = box_problem(annotation.get("bbox"))
         if problem:
             raise UserError(f"{where}: {problem}")
@@ -178,11 +178,11 @@ def check_ground_truth(
         if "segm" in iou_types and not annotation.get("segmentation"):
             raise UserError(f"{where} has no segmentation; leave segm out of --iou-type")
     masked = [a for a in annotations.values() if a.get("segmentation")]
-    problem = masks_problem(
+    found = masks_problem(
         [a["segmentation"] for a in masked], [sizes[a["image_id"]] for a in masked]
     )
-    if problem:
-        raise UserError(f"{path}: annotation {masked[problem[0]]['id']}: {problem[1]}")
+    if found:
+        raise UserError(f"{path}: annotation {masked[found[0]]['id']}: {found[1]}")
     return sizes, _names(categories)
 
 
@@ -213,12 +213,12 @@ def load_results(path: Path, gt: GroundTruth, iou_types: Sequence[str]) -> List[
         if problem:
             raise UserError(f"{path}: entry {n}: {problem}")
     with_mask = [n for n, entry in enumerate(content) if "segmentation" in entry]
-    problem = rle_problem(
+    found = rle_problem(
         [content[n]["segmentation"]["counts"] for n in with_mask],
         [gt.sizes[content[n]["image_id"]] for n in with_mask],
     )
-    if problem:
-        raise UserError(f"{path}: entry {with_mask[problem[0]]}: {problem[1]}")
+    if found:
+        raise UserError(f"{path}: entry {with_mask[found[0]]}: {found[1]}")
     return content
 
 

@@ -67,7 +67,7 @@ the results.
 
 import enum
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Dict, Hashable, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
@@ -247,14 +247,14 @@ class Difference:
             alpha: Probability of any false verdict among the ``comparisons``.
         """
         ends = self.interval(1 - alpha, simultaneous=True)
-        if ends is None:
+        inner = self.interval(1 - 2 * alpha, simultaneous=True)
+        if ends is None or inner is None:
             return Verdict.UNDECIDED
         if ends[0] > 0:
             return Verdict.BETTER
         if ends[1] < 0:
             return Verdict.WORSE
-        low, high = self.interval(1 - 2 * alpha, simultaneous=True)
-        return Verdict.SAME if -margin < low and high < margin else Verdict.UNDECIDED
+        return Verdict.SAME if -margin < inner[0] and inner[1] < margin else Verdict.UNDECIDED
 
     def runs_needed(self, effect: float = EFFECT) -> Optional[RunsNeeded]:
         """Number of runs of each norm that detect ``effect`` on the same number of images.
@@ -450,21 +450,19 @@ def difference(
     runs = len(base), len(other)
     if not np.isfinite(delta):
         return Difference(runs=runs, comparisons=comparisons)
-    known = {
-        "delta": delta, "units": units, "runs": runs, "comparisons": comparisons, "paired": paired
-    }  # fmt: skip
+    known = Difference(delta, units=units, runs=runs, comparisons=comparisons, paired=paired)
     if _same_runs(base, base_replicates, other, other_replicates):
-        return Difference(images=0.0, run_by_image=0.0, seeds=0.0, df=math.inf, **known)
+        return replace(known, images=0.0, run_by_image=0.0, seeds=0.0, df=math.inf)
     # A half without any object of the metric's size has no AP and is left out.
     measured = np.isfinite(base_replicates).all(0) & np.isfinite(other_replicates).all(0)
     a, b = base_replicates[:, measured], other_replicates[:, measured]
     if a.shape[1] < 2:
-        return Difference(**known)
+        return known
     half = units // 2
     scale = half / (units - half)
     images = scale * float((b.mean(0) - a.mean(0)).var(ddof=1))
     if 1 in runs:
-        return Difference(images=images, run_by_image=0.0, **known)
+        return replace(known, images=images, run_by_image=0.0)
 
     shares = [1 / k for k in runs]
     # A difference of paired runs has the variance of two runs.
@@ -482,13 +480,13 @@ def difference(
         df = run_term**2 / sum(v**2 / (k - 1) for v, k in zip(own, runs)) if run_term else math.inf
     images = max(images - run_by_image, 0.0)
     well_known = _KNOWN * run_by_image if shared else 0.0
-    return Difference(
+    return replace(
+        known,
         images=images,
         run_by_image=run_by_image,
         seeds=max(run_term - run_by_image, 0.0),
         df=_df([(images + well_known, units - 1), (run_term - well_known, df)]),
         spread=Spread(run_term / sum(shares), df),
-        **known,
     )
 
 

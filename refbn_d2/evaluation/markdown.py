@@ -85,8 +85,8 @@ def _table(comparison: Comparison) -> str:
         rows.append([f"{label} ({count})", *values])
         if group.baseline:
             found = comparison.differences[label]
-            cells = [found[t][m] for t, m in columns(comparison)]
-            cells = [f"{signed(d.delta)} {interval(d)}".strip() for d in cells]
+            differences = [found[t][m] for t, m in columns(comparison)]
+            cells = [f"{signed(d.delta)} {interval(d)}".strip() for d in differences]
             rows.append([f"{label} − {comparison.baseline}", *cells])
     return _rows(["norm", *_titles(comparison)], rows)
 

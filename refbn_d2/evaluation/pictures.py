@@ -46,7 +46,7 @@ def pictures(
     found = []
     notes: List[str] = []
     for group in comparison.clearest():
-        base = comparison.groups[group.baseline]
+        base = comparison.base_of(group.label)
         folder = images or group.runs[0].image_root
         if folder is None:
             continue

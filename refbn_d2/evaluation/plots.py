@@ -7,7 +7,7 @@ import io
 import itertools
 import re
 from html import escape
-from typing import Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 import matplotlib
 import numpy as np
@@ -29,7 +29,7 @@ LINES = ["-", "--", "-.", ":"]
 # The same markers and lines in the legend of the page.
 _GLYPHS = dict(zip(MARKERS, "●■◆▲▼✚✖★"))
 _DASHES = dict(zip(LINES, ("none", "6 3", "6 3 1.5 3", "1.5 2.5")))
-_RC = {
+_RC: Dict[Any, Any] = {  # matplotlib's type of the keys differs by version
     "text.parse_math": False,  # a "$" in a name does not begin a formula
     "svg.fonttype": "none",  # text remains text: small files, searchable, in the page's colour
     "font.family": "sans-serif",
@@ -133,8 +133,8 @@ def training_curves(comparison: Comparison, groups: Sequence[NormRuns]) -> List[
     figures = []
     for key, title in (("total_loss", "loss"), ("bbox/AP", "box AP"), ("segm/AP", "mask AP")):
         # A run that is evaluated only once, at the end, has no curve.
-        curves = [(name, [log[key] for log in found if len(log[key]) > 1]) for name, found in logs]
-        curves = [(name, _together(runs)) for name, runs in curves if runs]
+        found = [(name, [log[key] for log in own if len(log[key]) > 1]) for name, own in logs]
+        curves = [(name, _together(runs)) for name, runs in found if runs]
         if not curves:
             continue
         figure, (ax,) = _figure(2.7)
@@ -155,7 +155,7 @@ def _together(runs: Sequence[List[List[float]]]) -> Tuple[np.ndarray, np.ndarray
     Returns:
         float64 (n,) and (runs, n).
     """
-    curves = [np.array(sorted(dict(map(tuple, run)).items())) for run in runs]
+    curves = [np.array(sorted({step: value for step, value in run}.items())) for run in runs]
     end = min(curve[-1, 0] for curve in curves)
     steps = curves[0][curves[0][:, 0] <= end, 0]
     return steps, np.array([np.interp(steps, *curve.T) for curve in curves])

@@ -158,7 +158,7 @@ def review(comparison: Comparison, plan: Plan) -> Progress:
 
 def _missing(comparison: Comparison, labels: Sequence[str], look: int) -> int:
     """Number of runs missing for the look at ``look`` runs in the comparisons ``labels``."""
-    groups = {name for k in labels for name in (k, comparison.groups[k].baseline)}
+    groups = {name for k in labels for name in (k, comparison.base_of(k).label)}
     return sum(max(look - len(comparison.groups[name].runs), 0) for name in groups)
 
 

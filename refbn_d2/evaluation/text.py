@@ -90,8 +90,8 @@ def verdict_text(comparison: Comparison, label: str) -> str:
             f"{label} and {base} are practically the same in {ap}: {signed(d.delta)}, and its 90 % "
             f"interval {inner} lies within ±{comparison.margin:g}."
         )
+    ends = d.interval(simultaneous=True)
     if verdict is Verdict.UNDECIDED:
-        ends = d.interval(simultaneous=True)
         excluded = (
             f" Effects beyond {signed(ends[0], 1)} and {signed(ends[1], 1)} AP are excluded."
             if ends
@@ -99,7 +99,7 @@ def verdict_text(comparison: Comparison, label: str) -> str:
         )
         return f"Undecided whether {label} differs from {base} in {ap}: {found}.{excluded}"
     text = f"{label} is {verdict.value} than {base} in {ap}: {found}."
-    if max(map(abs, d.interval(simultaneous=True))) < comparison.margin:
+    if ends and max(map(abs, ends)) < comparison.margin:
         text += f" The difference is smaller than the margin of {comparison.margin:g} AP."
     return text
 
