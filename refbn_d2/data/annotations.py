@@ -3,7 +3,7 @@
 import numbers
 import os
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Set
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Set, Tuple
 
 import numpy as np
 from detectron2.structures import BoxMode
@@ -195,7 +195,7 @@ def check_dicts(dicts: Iterable[Dict[str, Any]], where: str) -> None:
     masks, sizes, owners = [], [], []
     for d in dicts:
         image = f"{where}: image {d.get('file_name', d.get('image_id'))}"
-        size = d.get("height"), d.get("width")
+        size: Tuple[Any, Any] = d.get("height"), d.get("width")
         if not all(is_int(s) and s > 0 for s in size):
             raise UserError(f"{image}: height and width are {size}, not whole numbers > 0")
         for n, annotation in enumerate(d.get("annotations", ())):

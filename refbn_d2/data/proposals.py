@@ -2,7 +2,7 @@
 
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any, Dict, Iterator, List
+from typing import Any, Dict, Iterator, List, Union
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -62,11 +62,12 @@ def _check(proposals: Any, dicts: List[Dict[str, Any]]) -> None:
     """Raises a ValueError unless each image has an array of boxes and one logit for each box."""
     if not isinstance(proposals, dict):
         raise ValueError(f"a {type(proposals).__name__}, not a dict of ids, boxes and logits")
-    lists = {}
+    lists: Dict[str, Union[list, tuple, np.ndarray]] = {}
     for key, other in _NAMES.items():
-        lists[key] = proposals.get(key, proposals.get(other))
-        if not isinstance(lists[key], (list, tuple, np.ndarray)):
+        found = proposals.get(key, proposals.get(other))
+        if not isinstance(found, (list, tuple, np.ndarray)):
             raise ValueError(f"no list of {key!r}")
+        lists[key] = found
     if len({len(values) for values in lists.values()}) > 1:
         raise ValueError(f"lists of different lengths: { ({k: len(v) for k, v in lists.items()}) }")
     if "bbox_mode" in proposals:

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Dict, List, Tuple
+from typing import Any, Dict, List, Tuple
 
 import numpy as np
 from detectron2.data.datasets import load_coco_json
@@ -85,7 +85,7 @@ def paste(
     import cv2
 
     scale = size / 8
-    matrix = cv2.getRotationMatrix2D((3.5, 3.5), angle, scale)
+    matrix: np.ndarray = cv2.getRotationMatrix2D((3.5, 3.5), angle, scale)
     matrix[:, 2] += np.asarray(center) - 3.5
     height, width = image.shape
     ink = cv2.warpAffine(stroke, matrix, (width, height), flags=cv2.INTER_CUBIC)
@@ -139,7 +139,8 @@ def generate(folder: Path) -> None:
         rng = np.random.default_rng(seed)
         strokes, labels = digit_samples(split)
         (folder / split).mkdir(parents=True)
-        images, annotations = [], []
+        images: List[Dict[str, Any]] = []
+        annotations: List[Dict[str, Any]] = []
         for image_id in tqdm(range(1, num_scenes + 1), desc=f"quick data, {split}"):
             image, style, objects = _scene(rng, strokes, labels)
             file_name = f"{image_id:06d}.png"

@@ -7,11 +7,14 @@ training run hours after the file was read.
 
 import os
 import sys
-from typing import Any, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, List, Optional, Sequence, Tuple
 
 import numpy as np
 
 from .rle import rle_problem
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeGuard
 
 __all__ = ["box_problem", "is_file_name", "is_int", "is_number", "is_size", "masks_problem"]
 
@@ -19,7 +22,7 @@ __all__ = ["box_problem", "is_file_name", "is_int", "is_number", "is_size", "mas
 _MAX_OUTLINE = 10_000_000
 
 
-def is_int(value: Any) -> bool:
+def is_int(value: Any) -> "TypeGuard[int]":
     """Whether ``value`` is an integer but not a boolean."""
     return isinstance(value, int) and not isinstance(value, bool)
 

@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from typing import Any, Dict, List
+from typing import Any, Dict, List, cast
 
 import yaml
 
@@ -44,7 +44,7 @@ _Loader.add_implicit_resolver(
 
 
 def _construct_number(loader: _Loader, node: yaml.Node) -> Any:
-    if ":" in loader.construct_scalar(node):
+    if ":" in loader.construct_scalar(cast(yaml.ScalarNode, node)):  # refuses other nodes
         raise yaml.constructor.ConstructorError(
             None, None, f"{node.value[:20]} is not a number", node.start_mark
         )
@@ -67,8 +67,9 @@ def _construct_anchor_sizes(loader: _Loader, node: yaml.Node) -> List[List[float
     """
     text = node.value[0].value if isinstance(node.value, list) and len(node.value) == 1 else ""
     found = _ANCHOR_SIZES.fullmatch(text.strip()) if isinstance(text, str) else None
-    terms = [_TERM.fullmatch(t.strip()) for t in found["terms"].split(",")] if found else []
-    if not found or not all(terms):
+    parts = found["terms"].split(",") if found else []
+    terms = [t for t in (_TERM.fullmatch(part.strip()) for part in parts) if t]
+    if not found or len(terms) < len(parts):
         raise yaml.constructor.ConstructorError(
             None, None, "a value is code to evaluate; write what it evaluates to", node.start_mark
         )
