@@ -33,7 +33,8 @@ _AFFINE = ("weight", "bias", "running_mean", "running_var")
 _REFERENCE = {"ref_mean", "ref_var", "ref_captured", "ref_size"}
 _BATCH_NORM = {*_AFFINE, "num_batches_tracked"}
 
-_DEPTHS = {  # (blocks of each stage, whether bottlenecks) -> MODEL.RESNETS.DEPTH
+# (blocks of each stage, whether bottlenecks) -> MODEL.RESNETS.DEPTH
+_DEPTHS: Dict[Tuple[Tuple[int, ...], bool], int] = {
     ((2, 2, 2, 2), False): 18,
     ((3, 4, 6, 3), False): 34,
     ((3, 4, 6, 3), True): 50,

@@ -12,7 +12,7 @@ import os
 import pickle
 import pickletools
 import zipfile
-from typing import IO, Any, ContextManager, Dict, Tuple, Union
+from typing import IO, Any, ContextManager, Dict, SupportsIndex, Tuple, Union
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ import torch
 try:
     from numpy._core import multiarray, numeric
 except ImportError:  # NumPy 1
-    from numpy.core import multiarray, numeric
+    from numpy.core import multiarray, numeric  # type: ignore[no-redef]  # the older path
 
 __all__ = ["load", "load_torch"]
 
@@ -43,7 +43,9 @@ class _DType:
     """numpy.dtype of numbers or text. Other types have fields, which a pickle could set freely."""
 
     def __init__(self, name: Any, *_: Any):
-        self.numpy = np.dtype(name) if isinstance(name, (str, bytes)) else np.dtype("V")
+        # Any, because NumPy's annotations do not have bytes.
+        text: Any = name if isinstance(name, (str, bytes)) else "V"
+        self.numpy = np.dtype(text)
         if self.numpy.kind not in "biufcSU" or not self.numpy.itemsize:
             raise _UnpicklingError(f"it has an array of type {name!r}, not of numbers or text")
 
@@ -78,7 +80,7 @@ class _Array(np.ndarray):
         version, shape, dtype, is_fortran, data = state
         super().__setstate__((version, shape, _checked(dtype), is_fortran, data))
 
-    def __reduce_ex__(self, protocol: int) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         return self.view(np.ndarray).__reduce_ex__(protocol)  # pickled as a plain array
 
 
@@ -89,7 +91,8 @@ def _reconstruct(kind: Any, shape: Any, _: Any) -> np.ndarray:
 
 
 def _from_buffer(data: Any, dtype: Any, *layout: Any) -> np.ndarray:
-    return numeric._frombuffer(data, _checked(dtype), *layout)
+    frombuffer = numeric._frombuffer  # type: ignore[attr-defined]  # private, but in pickles
+    return frombuffer(data, _checked(dtype), *layout)
 
 
 def _scalar(dtype: Any, data: Any) -> Any:
@@ -171,8 +174,10 @@ def _check_claims(file: IO[bytes], size: int) -> None:
     """Raises an error if a length for which the unpickler would allocate memory is too large."""
     try:
         for opcode, value, _ in pickletools.genops(file):
-            if opcode.name in ("FRAME", "PUT", "BINPUT", "LONG_BINPUT") and value > size:
-                raise ValueError(f"its {opcode.name} of {value} is larger than the file")
+            if opcode.name in ("FRAME", "PUT", "BINPUT", "LONG_BINPUT"):
+                assert value is not None  # each of these has an argument
+                if value > size:
+                    raise ValueError(f"its {opcode.name} of {value} is larger than the file")
     except ValueError as e:
         raise _UnpicklingError(f"no pickle, or a damaged one: {e}") from None
 
