@@ -31,16 +31,18 @@ __all__ = ["UnknownNormError", "known_norms", "register", "register_norm", "unre
 # table is used only if the installed version lacks the name (LN in 0.6).
 _UPSTREAM = ("BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 
-_BATCH_NORM = {"convertible": True, "affine_in_eval": True, "needs_running_stats": True}
+_batch_norm_type = partial(
+    NormType, convertible=True, affine_in_eval=True, needs_running_stats=True
+)
 
 # Those of them that norms.table cannot contain, because it must not need detectron2 or torchvision.
 _UPSTREAM_TYPES = {
-    "FrozenBN": NormType(FrozenBatchNorm2d, FrozenBatchNorm2d, **_BATCH_NORM),
+    "FrozenBN": _batch_norm_type(FrozenBatchNorm2d, FrozenBatchNorm2d),
     "GN": NormType(partial(nn.GroupNorm, 32)),
     # Normalizes over the channels of each pixel, unlike GN1.
     "LN": NormType(partial(LayerNorm2d, eps=1e-6)),
     "nnSyncBN": NormType(nn.SyncBatchNorm),
-    "naiveSyncBN": NormType(NaiveSyncBatchNorm, NaiveSyncBatchNorm, **_BATCH_NORM),
+    "naiveSyncBN": _batch_norm_type(NaiveSyncBatchNorm, NaiveSyncBatchNorm),
     "naiveSyncBN_N": NormType(partial(NaiveSyncBatchNorm, stats_mode="N")),
 }
 

@@ -1,11 +1,13 @@
 """Replaces the BatchNorm layers of a network that another library has built."""
 
+from typing import Dict
+
 from detectron2.layers import get_norm
 from torch import nn
 
 from ..norms import convert_norm
 from ..norms.activated import with_activation
-from ..norms.convert import recognized
+from ..norms.convert import NormLayer, recognized
 from ..norms.table import NORM_TYPES
 
 __all__ = ["exchange_norms"]
@@ -25,12 +27,15 @@ def exchange_norms(network: nn.Module, norm: str) -> None:
     Raises:
         ValueError: if the network has no BatchNorm2d, or a subclass of it with other behaviour.
     """
-    layers = {m: recognized(m) for m in network.modules() if isinstance(m, nn.BatchNorm2d)}
+    layers: Dict[nn.Module, NormLayer] = {}
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            found = recognized(module)
+            if found is None:
+                raise ValueError(f"its {type(module).__name__} cannot be exchanged")
+            layers[module] = found
     if norm and not layers:
         raise ValueError("it has no BatchNorm")
-    for layer, found in layers.items():
-        if found is None:
-            raise ValueError(f"its {type(layer).__name__} cannot be exchanged")
     if norm in NORM_TYPES and NORM_TYPES[norm].convertible:
         convert_norm(network, norm)
         return
@@ -41,8 +46,9 @@ def exchange_norms(network: nn.Module, norm: str) -> None:
 
 
 def _made(norm: str, old: nn.Module, activated: bool) -> nn.Module:
-    new = get_norm(norm, old.num_features) or nn.Identity()
+    new: nn.Module = get_norm(norm, old.num_features) or nn.Identity()
     if activated:
-        new.__class__ = with_activation(type(new))
+        kind: type = type(new)
+        new.__class__ = with_activation(kind)
         new.drop, new.act = old.drop, old.act
     return new

@@ -8,7 +8,7 @@ MODEL:
 
 import difflib
 import math
-from typing import Any, Dict, List, Set
+from typing import TYPE_CHECKING, Any, Dict, List, Set, cast
 
 import torch
 from detectron2.config import CfgNode
@@ -22,6 +22,9 @@ from ..extras import needs_extra
 from ..log import get_logger
 from ..norms import convert_norm
 from .exchange import exchange_norms
+
+if TYPE_CHECKING:
+    from timm.models import FeatureInfo
 
 __all__ = ["TimmBackbone", "build_timm_backbone", "build_timm_fpn_backbone"]
 
@@ -69,7 +72,7 @@ class TimmBackbone(Backbone):
                 f"MODEL.TIMM.NAME {name} has no feature {unknown[0]!r} (MODEL.FPN.IN_FEATURES, "
                 f"MODEL.RESNETS.OUT_FEATURES): use some of {', '.join(strides)}"
             )
-        channels_of = dict(zip(strides, network.feature_info.channels()))
+        channels_of = dict(zip(strides, _info(network).channels()))
         kept = 1 + max(list(strides).index(f) for f in out_features)
         if kept < len(strides):  # lets timm omit the later layers, if it can for this network
             network = _features_of(name, channels, out_indices=tuple(range(kept)))
@@ -89,7 +92,7 @@ class TimmBackbone(Backbone):
         self._out_features = list(out_features)
         self._out_feature_strides = {f: strides[f] for f in out_features}
         self._out_feature_channels = {f: channels_of[f] for f in out_features}
-        trained_with = network.default_cfg
+        trained_with = cast(Dict[str, Any], network.default_cfg)
         self.pixels = {
             f"PIXEL_{key}": [round(255 * v, 3) for v in trained_with[key.lower()]]
             for key in ("MEAN", "STD")
@@ -114,8 +117,8 @@ class TimmBackbone(Backbone):
             return set()
         parameters = list(self.features.parameters())
         found = dict(zip(self._names, _dry_run(self.name, self.features)))
-        total = sum(found[name].sum() for name in names)
-        gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+        totals = [found[name].sum() for name in names]
+        gradients = torch.autograd.grad(totals, parameters, allow_unused=True)
         return {p for p, gradient in zip(parameters, gradients) if gradient is not None}
 
 
@@ -133,6 +136,10 @@ def _features_of(name: str, channels: int, **kwargs: Any) -> nn.Module:
         raise UserError(
             f"MODEL.TIMM.NAME {name} has no features for a detector: {reason}"
         ) from None
+
+
+def _info(network: nn.Module) -> "FeatureInfo":
+    return cast("FeatureInfo", network.feature_info)
 
 
 def _dry_run(name: str, network: nn.Module) -> List[Tensor]:
@@ -153,10 +160,10 @@ def _dry_run(name: str, network: nn.Module) -> List[Tensor]:
 
 def _strides(name: str, network: nn.Module) -> Dict[str, int]:
     """Returns the stride of each feature, after checking that timm describes the features right."""
-    strides = network.feature_info.reduction()
+    strides = _info(network).reduction()
     shapes = [tuple(f.shape[1:]) for f in _dry_run(name, network)]
     expected = [
-        (c, 64 // s, 96 // s) for c, s in zip(network.feature_info.channels(), strides)
+        (c, 64 // s, 96 // s) for c, s in zip(_info(network).channels(), strides)
     ]  # 64 and 96 are multiples of every stride up to 32
     names = [f"res{math.log2(s):g}" for s in strides]
     if shapes != expected or len(set(names)) < len(names):

@@ -3,7 +3,7 @@
 import sys
 from functools import lru_cache
 from types import FunctionType
-from typing import Callable, Optional
+from typing import Callable, Optional, Type
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ class ActivatedNorm(nn.Module):
         drop, act: Modules that are applied after the norm, as in timm's BatchNormAct2d.
     """
 
-    norm_kind: type
+    norm_kind: Type[nn.Module]
     normalized: Callable
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class ActivatedNorm(nn.Module):
 
 
 @lru_cache(maxsize=None)
-def with_activation(kind: type) -> type:
+def with_activation(kind: Type[nn.Module]) -> Type[nn.Module]:
     """Returns the subclass of ``kind`` that applies ``drop`` and ``act`` after the norm.
 
     Its constructor is that of ``kind``. The caller then sets the attributes ``drop`` and ``act``.
@@ -57,7 +57,7 @@ def with_activation(kind: type) -> type:
     return type(f"{kind.__name__}Act", (ActivatedNorm, kind), attributes)
 
 
-def _new(kind: type) -> nn.Module:
+def _new(kind: Type[nn.Module]) -> nn.Module:
     activated = with_activation(kind)
     return activated.__new__(activated)
 

@@ -6,6 +6,7 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.module import _WrappedHook
 from torch.nn.utils import parametrize
 
 from ..log import get_logger
@@ -118,7 +119,8 @@ def convert_norm(module: nn.Module, norm: str) -> nn.Module:
 
 def _find(module: nn.Module) -> Tuple[Dict[str, nn.Module], List[Tuple[str, nn.Module]]]:
     """Returns the convertible layers by name, and the other BatchNorm-like layers."""
-    layers, left = {}, []
+    layers: Dict[str, nn.Module] = {}
+    left: List[Tuple[str, nn.Module]] = []
     before: Optional[nn.Module] = None
     for name, m in module.named_modules():
         found = recognized(m)
@@ -175,6 +177,7 @@ def _replacement(old: nn.Module, target: NormType, around: Sequence[Tensor]) -> 
     modes = {name: m.training for name, m in old.named_modules()}
     num_features = getattr(old, "num_features", None) or old.running_mean.numel()
     new = target.build(num_features)
+    assert new is not None  # a convertible norm type builds a layer
     if found.activated:
         new.__class__ = with_activation(target.kind)
         new.drop, new.act = old.drop, old.act
@@ -222,7 +225,7 @@ def _take_over_hooks(old: nn.Module, new: nn.Module) -> None:
         if "_hook" in name:  # torch.nn.Module's dicts of hooks
             setattr(new, name, value)  # keep the same dict, so that hook handles still work
     for hook in new._load_state_dict_pre_hooks.values():
-        if getattr(hook, "with_module", False):
+        if isinstance(hook, _WrappedHook) and hook.with_module:
             hook.module = weakref.ref(new)
 
 

@@ -174,7 +174,8 @@ def _used_once(model: nn.Module) -> Set[nn.Module]:
 
     For these, a trace of the part that contains them shows all calls.
     """
-    places = Counter(child for parent in model.modules() for child in parent._modules.values())
+    parents = model.modules()
+    places = Counter(m for p in parents for m in p._modules.values() if m is not None)
     return {m for m, count in places.items() if count == 1}
 
 

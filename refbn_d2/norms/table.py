@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Callable, Dict, Optional, Set
 
 from torch import nn
 
@@ -98,7 +98,7 @@ NORM_TYPES: Dict[str, NormType] = {
 }
 """Maps names to norm types. With detectron2, ``refbn_d2.registry`` adds detectron2's norms."""
 
-_registered = set()
+_registered: Set[str] = set()
 
 
 def register_norm(

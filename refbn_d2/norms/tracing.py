@@ -1,6 +1,6 @@
 """Helpers for torch.fx tracing and for activation checkpointing."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -22,7 +22,7 @@ def as_leaf(module: nn.Module, x: object) -> Any:
     """
     if not isinstance(x, fx.Proxy):
         return None
-    path = x.tracer.path_of_module(module)
+    path = cast(fx.Tracer, x.tracer).path_of_module(module)
     return x.tracer.create_proxy("call_module", path, (x,), {})
 
 

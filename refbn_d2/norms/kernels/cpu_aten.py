@@ -91,9 +91,11 @@ def _native_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     """
     # With float32 running statistics the kernel computes and returns float32 for 16-bit input.
     dtype = statistics_dtype(x)
-    unused = torch.zeros(2, x.shape[1], dtype=dtype) if _is_narrow(x) else (None, None)
+    unused_mean, unused_var = (
+        torch.zeros(2, x.shape[1], dtype=dtype) if _is_narrow(x) else (None, None)
+    )
     blocks = [x] if x.is_contiguous() else [x[b] for b in _blocks(x)]
-    moments = [torch.batch_norm_update_stats(b, *unused, 0.0) for b in blocks]
+    moments = [torch.batch_norm_update_stats(b, unused_mean, unused_var, 0.0) for b in blocks]
     if len(moments) == 1:
         return moments[0]
     means, variances = (torch.stack(vectors) for vectors in zip(*moments))
