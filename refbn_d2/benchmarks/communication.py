@@ -16,7 +16,7 @@ __all__ = ["communication"]
 _STEP = 3
 
 
-class _Profiled:
+class _Profiled(Trainer):
     """Mixin of a trainer that profiles one step, including all hooks."""
 
     def before_step(self):

@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import torch
@@ -186,8 +187,8 @@ def layer_times(
         for name, layer in order.sample(list(layers.items()), len(layers)):
             x.grad = None
             outputs: List[Tensor] = []
-            forward = _seconds(lambda layer=layer, outputs=outputs: outputs.append(layer(x)))
-            backward = _seconds(lambda outputs=outputs: outputs[0].backward(g))
+            forward = _seconds(partial(_apply, layer, x, outputs))
+            backward = _seconds(partial(outputs[0].backward, g))
             if round_ >= 0:  # the first round warms up
                 times[name]["forward"].append(forward)
                 times[name]["backward"].append(backward)
@@ -208,6 +209,10 @@ def layer_times(
         }
         for name, layer in layers.items()
     }
+
+
+def _apply(layer: nn.Module, x: Tensor, outputs: List[Tensor]) -> None:
+    outputs.append(layer(x))
 
 
 def _median_ratio(values: Sequence[float], yardstick: Sequence[float]) -> float:
@@ -320,13 +325,15 @@ def model_times(
         )
         for norm in norms
     }
-    seconds = {name: {"step": [], "inference": []} for name in children}
+    seconds: Dict[str, Dict[str, List[float]]] = {
+        name: {"step": [], "inference": []} for name in children
+    }
     peak: Dict[str, int] = {}
     try:
         for child in children.values():
             while child.stdout.readline().strip() != "ready":
                 if child.poll() is not None:
-                    raise RuntimeError(f"the benchmark process ended: {child.args}")
+                    raise RuntimeError(f"the benchmark process ended: {child.args!r}")
         for _ in range(repeats):
             for name, child in children.items():
                 for what, values in seconds[name].items():

@@ -1,6 +1,6 @@
 """A trainer for image classifiers, derived from the trainer for detectors."""
 
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
 import torch
 from detectron2.config import CfgNode
@@ -69,7 +69,9 @@ class ClassificationTrainer(Trainer):
         )
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> ClassificationEvaluator:
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: Optional[str] = None
+    ) -> ClassificationEvaluator:
         return ClassificationEvaluator()
 
     def build_hooks(self):

@@ -5,7 +5,7 @@ the log.
 import json
 import math
 import os
-from typing import Optional
+from typing import Optional, Tuple
 
 from detectron2.utils.events import CommonMetricPrinter, JSONWriter, get_event_storage
 
@@ -42,6 +42,8 @@ class ProgressPrinter(CommonMetricPrinter):
     ZeroDivisionError takes the place of the error or the exit status.
     """
 
+    _last_write: Optional[Tuple[int, float]]
+
     def write(self):
         if self._last_write is not None and self._last_write[0] == get_event_storage().iter:
             self._last_write = None
@@ -56,16 +58,18 @@ def _cut(path: str, start_iter: float) -> int:
     """
     if not os.path.isfile(path):
         return -1
+    last = -1
     # In place, because the writer has this file open for appending. Truncation is atomic.
     with open(path, "rb+") as f:
         lines = f.readlines()
         while lines:
             iteration = _iteration(lines[-1])
             if iteration is not None and iteration < start_iter:
+                last = iteration
                 break
             lines.pop()
         f.truncate(sum(map(len, lines)))
-    return iteration if lines else -1
+    return last
 
 
 def _iteration(line: bytes) -> Optional[int]:

@@ -1,6 +1,6 @@
 """Runs a trained detector on single images, and compares the detections of two detectors."""
 
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import numpy as np
 import torch
@@ -131,7 +131,9 @@ def _draw_instances(
     # One colour for each class, or for each object if there is only one class.
     keys = classes if len(names) > 1 else range(len(classes))
     palette = metadata.get("thing_colors") or colormap(rgb=True)
-    colors = [np.array(palette[k % len(palette)]) / 255 for k in keys]
+    colors: List[Union[np.ndarray, Tuple[float, ...]]] = [
+        np.array(palette[k % len(palette)]) / 255 for k in keys
+    ]
     if shared is not None:
         colors = [_GREY if s else c for s, c in zip(shared.tolist(), colors)]
         labels = ["" if s else label for s, label in zip(shared.tolist(), labels)]
