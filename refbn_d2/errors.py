@@ -26,8 +26,9 @@ class _NoTraceback(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         message = None
-        if record.exc_info and not _debugging():
-            message = _user_message(record.exc_info[1])
+        error = record.exc_info[1] if record.exc_info else None
+        if error is not None and not _debugging():
+            message = _user_message(error)
         if message is not None:
             record.msg, record.args = f"{record.getMessage().strip()} {message}", ()
             record.exc_info = record.exc_text = None

@@ -80,6 +80,8 @@ def report(output: Path) -> List[Path]:
 
     by_data: Dict[Path, List[Run]] = defaultdict(list)
     for run in find_runs(output):
+        if run.gt is None:
+            raise UserError(f"{run.results.parent.parent}: its run.json names no ground truth")
         by_data[run.gt].append(run)
     files = []
     for gt, runs in by_data.items():

@@ -186,8 +186,9 @@ def _check_part(path: str, part: Dict[str, Any]) -> None:
     entries = part["NORMS"]
     for entry in entries if isinstance(entries, list) else [None]:
         entry = {"norm": entry} if isinstance(entry, str) else entry
-        keys = ("norm", *({"name", "pretrained"} & set(entry))) if isinstance(entry, dict) else ()
-        if not keys or not all(isinstance(entry.get(k), str) for k in keys):
+        if not isinstance(entry, dict) or not all(
+            isinstance(entry.get(k), str) for k in {"norm", *({"name", "pretrained"} & set(entry))}
+        ):
             raise UserError(
                 f"matrix {path}: NORMS is {entries!r}: use a list of norm types or of "
                 "{name, norm, pretrained, opts}"
@@ -217,8 +218,8 @@ def _specs(path: str, matrix: Dict[str, Any]) -> List[RunSpec]:
     for entry in matrix["NORMS"]:
         entry = {"norm": entry} if isinstance(entry, str) else entry
         norm, pretrained = entry["norm"], entry.get("pretrained", entry["norm"])
-        opts = [*matrix.get("OPTS", []), *entry.get("opts", [])]
-        opts = _with_norm(path, detector, opts, norm)
+        options = [*matrix.get("OPTS", []), *entry.get("opts", [])]
+        opts = _with_norm(path, detector, options, norm)
         pretraining_opts: Tuple[str, ...] = ()
         if classifier:
             options = matrix.get("CLASSIFIER_OPTS", [])

@@ -89,9 +89,9 @@ def planned_trainings(
     """
     found = []
     of_v100 = rates["BN"] / _DETECTOR_RATE if rates else 1.0
-    stages: Dict[Path, RunSpec] = {c.classifier_folder: c for c in specs if c.classifier}
-    for folder, spec in stages.items():
-        cfg = load_config(spec.classifier, spec.classifier_opts())
+    stages = {s.classifier_folder: (s, s.classifier) for s in specs if s.classifier}
+    for folder, (spec, classifier) in stages.items():
+        cfg = load_config(classifier, spec.classifier_opts())
         what = f"pretrain {spec.pretrained}, seed {spec.classifier_seed}, and convert"
         done = is_pretrained(spec, output)
         rate = _CLASSIFIER_RATE[cfg.SOLVER.AMP.ENABLED] * of_v100

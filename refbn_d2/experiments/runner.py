@@ -126,13 +126,14 @@ class _Runner:
     def pretrain(self, spec: RunSpec) -> Dict[str, Any]:
         """Pretrains and converts what a detector starts from; returns the record of it."""
         folder = self._output / spec.classifier_folder
+        classifier = _classifier(spec)
         record = _pretraining_record(spec)
         if is_pretrained(spec, self._output):
             return {**record, "status": "finished"}
 
         def work() -> None:
             label = f"pretraining {spec.pretrained}, seed {spec.classifier_seed}"
-            self._train("classify", spec.classifier, folder, spec.classifier_opts(), label)
+            self._train("classify", classifier, folder, spec.classifier_opts(), label)
             convert(str(folder / "model_final.pth"), str(folder / BACKBONE))
 
         return self._recorded(folder / PRETRAINING, record, work)
@@ -251,8 +252,13 @@ def record_of(spec: RunSpec) -> Dict[str, Any]:
     }
 
 
+def _classifier(spec: RunSpec) -> str:
+    assert spec.classifier is not None  # callers have checked that the run has a pretraining
+    return spec.classifier
+
+
 def _pretraining_record(spec: RunSpec) -> Dict[str, Any]:
-    cfg = load_config(spec.classifier, spec.classifier_opts())
+    cfg = load_config(_classifier(spec), spec.classifier_opts())
     return {"iterations": cfg.SOLVER.MAX_ITER, "settings": spec.settings()}
 
 
