@@ -15,6 +15,7 @@ from detectron2.data.datasets import register_coco_instances
 from fvcore.common.config import BASE_KEY
 from torch import nn
 
+from .config_ranges import UPSTREAM_RANGES, Range, between, check_upstream_keys, one_of
 from .errors import UserError
 from .io import yaml as plain_yaml
 from .norms.table import configure
@@ -35,30 +36,8 @@ __all__ = [
 _MAX_FILES = 50
 
 
-@dataclass(frozen=True)
-class Range:
-    """Values that a key may have.
-
-    Attributes:
-        text: description of the values, for the documentation and after "use" in an error message.
-        holds: function that returns whether a value of the default's type is one of them.
-    """
-
-    text: str
-    holds: Callable[[Any], bool]
-
-
-def _between(low: float, high: float, text: str) -> Range:
-    """Returns the range of finite numbers from ``low`` to ``high``, both included."""
-    return Range(text, lambda value: low <= value <= high and math.isfinite(value))
-
-
-def _one_of(*values: str) -> Range:
-    return Range(" or ".join(f'"{v}"' for v in values), lambda value: value in values)
-
-
-_COUNT = _between(0, math.inf, "a whole number >= 0")
-_SEED = _between(0, 2**32 - 1, "a whole number >= 0 and below 2^32")
+_COUNT = between(0, math.inf, "a whole number >= 0")
+_SEED = between(0, 2**32 - 1, "a whole number >= 0 and below 2^32")
 _ANY_TEXT = Range("text", lambda value: True)
 _TRUTH = Range("True or False", lambda value: True)
 
@@ -84,7 +63,7 @@ KEYS: List[Key] = [
     Key(
         "MODEL.REFBN.PSEUDO_COUNT",
         1.0,
-        _between(0, math.inf, "a finite number >= 0"),
+        between(0, math.inf, "a finite number >= 0"),
         "Weight k of the reference as a number of samples: lambda1 = k / (N + k) in a batch of N "
         "samples. The paper uses 1; 0 is BatchNorm.",
     ),
@@ -128,7 +107,7 @@ KEYS: List[Key] = [
     Key(
         "DATALOADER.GROUPING_STRENGTH",
         0.0,
-        _between(0, 1, "0 to 1"),
+        between(0, 1, "0 to 1"),
         "With `SAMPLER_TRAIN: GroupedTrainingSampler`: the share of a batch that comes from one "
         "group of images, 0 (i.i.d.) to 1.",
     ),
@@ -144,14 +123,14 @@ KEYS: List[Key] = [
     Key(
         "TEST.COCO_BACKEND",
         "hotcoco",
-        _one_of("hotcoco", "pycocotools"),
+        one_of("hotcoco", "pycocotools"),
         "Package that computes AP: `hotcoco` (seconds) or `pycocotools` (minutes on COCO val); "
         "both give the same numbers.",
     ),
     Key(
         "MODEL.CLASSIFIER.NUM_CLASSES",
         1000,
-        _between(1, math.inf, "a whole number > 0"),
+        between(1, math.inf, "a whole number > 0"),
         "Number of classes of `ImageClassifier` and `TorchvisionClassifier`.",
     ),
     Key(
@@ -181,11 +160,6 @@ KEYS: List[Key] = [
         "`SOLVER.AMP.ENABLED` on a GPU.",
     ),
 ]
-
-# Ranges of detectron2's own keys that it does not check.
-_UPSTREAM_RANGES = {
-    "SEED": _between(-1, 2**31 - 1, "a whole number >= 0, or -1 for a random one"),
-}
 
 
 def add_refbn_config(cfg: CN) -> None:
@@ -247,6 +221,7 @@ def load_config(path: str, opts: Optional[List[str]] = None) -> CN:
         with exchanged("detectron2.config:CfgNode.load_yaml_with_base", lambda *_, **__: content):
             _merge(cfg, path, lambda: cfg.merge_from_file(path))
     _merge(cfg, "on the command line", lambda: cfg.merge_from_list(opts or []))
+    check_upstream_keys(cfg)
     register_datasets(cfg)
     return cfg
 
@@ -361,7 +336,7 @@ def _flat_keys(node: CN, prefix: str = "") -> Iterator[str]:
 
 
 def _check(cfg: CN) -> None:
-    for name, allowed in {**{key.name: key.range for key in KEYS}, **_UPSTREAM_RANGES}.items():
+    for name, allowed in {**{key.name: key.range for key in KEYS}, **UPSTREAM_RANGES}.items():
         value = cfg
         for part in name.split("."):
             value = value[part]

@@ -15,7 +15,7 @@ LAYERS = [
     ["io"],
     ["evaluation", "norms", "rng"],
     ["upstream"],
-    ["registry"],
+    ["config_ranges", "registry"],
     ["config"],
     ["statistics", "weights"],
     ["data", "modeling"],

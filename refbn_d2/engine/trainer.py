@@ -37,6 +37,7 @@ from ..rng import forked_rng
 from ..statistics.inference import recompute_statistics
 from ..statistics.reference import reference_layers
 from ..upstream import exchanged, whole_files
+from .building import check_names, config_errors
 from .checkpoint import Checkpointer
 from .evaluators import build_evaluator
 from .hooks import (
@@ -213,7 +214,10 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode):
-        return apply_norm_config(super().build_model(cfg), cfg)
+        check_names(cfg)
+        with config_errors("the model"):
+            model = super().build_model(cfg)
+        return apply_norm_config(model, cfg)
 
     @classmethod
     def build_mapper(cls, cfg: CfgNode, is_train: bool):

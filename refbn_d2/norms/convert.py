@@ -1,12 +1,11 @@
 """Replaces the norms of a model by another norm type."""
 
 import weakref
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.module import _WrappedHook
 from torch.nn.utils import parametrize
 
 from ..log import get_logger
@@ -224,8 +223,9 @@ def _take_over_hooks(old: nn.Module, new: nn.Module) -> None:
     for name, value in vars(old).items():
         if "_hook" in name:  # torch.nn.Module's dicts of hooks
             setattr(new, name, value)  # keep the same dict, so that hook handles still work
-    for hook in new._load_state_dict_pre_hooks.values():
-        if isinstance(hook, _WrappedHook) and hook.with_module:
+    hooks: Iterable[Any] = new._load_state_dict_pre_hooks.values()
+    for hook in hooks:
+        if getattr(hook, "with_module", False):
             hook.module = weakref.ref(new)
 
 
