@@ -42,8 +42,8 @@ def _debugging() -> bool:
 def _user_message(error: BaseException) -> Optional[str]:
     """Returns the line to show for an error that the user can correct, or None for other errors.
 
-    Errors of worker processes, a full disk, and a lost connection to another process also have a
-    line.
+    Errors of worker processes, a full disk, a path that is too long, and a lost connection to
+    another process also have a line.
     """
     # Worker processes (data loader, launch) put the remote traceback into the message.
     remote = re.findall(r"^(?:refbn_d2[\w.]*)?\bU\w+Error: (.*)$", str(error), flags=re.MULTILINE)
@@ -55,6 +55,8 @@ def _user_message(error: BaseException) -> Optional[str]:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = error.filename or "a file of the run"
         return f"{where} cannot be written: {error.strerror}; make room, start again with --resume"
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return f"{error.filename}: {error.strerror}; choose a shorter one"
     if type(error).__name__ == "DistBackendError" or "gloo/transport" in str(error):
         return (
             "the connection to another process of the run is lost, because that process has ended; "

@@ -13,7 +13,7 @@ from ..data.checks import class_names, set_num_classes
 from ..errors import one_line_errors, quiet_user_errors
 from ..log import get_logger
 from .launcher import start
-from .run_folder import output_errors, run_folder
+from .run_folder import check_path, output_errors, run_folder
 from .signals import end_with_parent
 from .trainer import Trainer, setup
 
@@ -69,4 +69,5 @@ def train_command(trainer_class: Type[Trainer], usage: str) -> None:
     args = default_argument_parser(usage).parse_args()
     args.config_file = find_config(args.config_file)
     cfg = load_config(args.config_file, args.opts)
+    check_path(cfg.OUTPUT_DIR)
     start(_run, args, cfg.MODEL.DEVICE, (args, cfg, trainer_class))

@@ -21,7 +21,7 @@ from ..errors import UserError
 from ..upstream import create_local_process_group
 from .signals import SIGNALS, handle, restore
 
-__all__ = ["TIMEOUT", "launcher_environment", "start"]
+__all__ = ["TIMEOUT", "check_device", "launcher_environment", "start"]
 
 # Environment variable: seconds that a process waits for the others before it ends.
 TIMEOUT = "REFBN_TIMEOUT"
@@ -46,20 +46,34 @@ def launcher_environment(env: Mapping[str, str]) -> Dict[str, str]:
         return _checked({name: env[name] for name in _TORCHRUN})
     # A batch script or a shell in an allocation has SLURM_PROCID and SLURM_NTASKS, but no step of
     # several tasks.
-    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
+    if env.get("SLURM_STEP_NUM_TASKS", "1") == "1":
         return {}
+    world_size = _slurm(env, "STEP_NUM_TASKS")
     # node[03-05,07] -> node03; "4(x2)" -> 4
-    host = re.sub(r"\[(\w+)[^]]*\]", r"\1", env["SLURM_STEP_NODELIST"]).split(",")[0]
+    host = re.sub(r"\[(\w+)[^]]*\]", r"\1", _slurm(env, "STEP_NODELIST", ".+")).split(",")[0]
     found = {
-        "RANK": env["SLURM_PROCID"],
-        "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
-        "LOCAL_RANK": env["SLURM_LOCALID"],
-        "LOCAL_WORLD_SIZE": re.match(r"\d+", env["SLURM_STEP_TASKS_PER_NODE"])[0],
+        "RANK": _slurm(env, "PROCID"),
+        "WORLD_SIZE": world_size,
+        "LOCAL_RANK": _slurm(env, "LOCALID"),
+        "LOCAL_WORLD_SIZE": _slurm(env, "STEP_TASKS_PER_NODE", r"[0-9]+.*").split("(")[0],
         "MASTER_ADDR": host,
         # Different ports for simultaneous steps, of one job or of several.
-        "MASTER_PORT": str(20000 + (int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])) % 10000),
+        "MASTER_PORT": str(
+            20000 + (int(_slurm(env, "JOB_ID")) + int(_slurm(env, "STEP_ID"))) % 10000
+        ),
     }
     return _checked({**found, **{k: env[k] for k in ("MASTER_ADDR", "MASTER_PORT") if k in env}})
+
+
+def _slurm(env: Mapping[str, str], name: str, pattern: str = "[0-9]+") -> str:
+    """Returns SLURM_``name``; raises a UserError if it is missing or does not match ``pattern``."""
+    value = env.get(f"SLURM_{name}", "")
+    if not re.fullmatch(pattern, value):
+        raise UserError(
+            f"SLURM_{name} is {value!r} in the environment: start with srun, which sets it, or "
+            "unset SLURM_STEP_NUM_TASKS"
+        )
+    return value
 
 
 def _checked(found: Dict[str, str]) -> Dict[str, str]:
@@ -68,8 +82,11 @@ def _checked(found: Dict[str, str]) -> Dict[str, str]:
             raise UserError(f"{name} is {value!r} in the environment: use a whole number")
     if int(found["MASTER_PORT"]) > 65535:
         raise UserError(f"MASTER_PORT is {found['MASTER_PORT']}: use a port from 0 to 65535")
-    if int(found["LOCAL_WORLD_SIZE"]) == 0:
-        raise UserError("LOCAL_WORLD_SIZE is 0 in the environment: use a number from 1")
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        if int(found[name]) == 0:
+            raise UserError(f"{name} is 0 in the environment: use a number from 1")
+    if not found["MASTER_ADDR"]:
+        raise UserError("MASTER_ADDR is '' in the environment: use the first machine's address")
     return found
 
 
@@ -140,12 +157,17 @@ def _reason(error: Exception) -> str:
     return str(error).splitlines()[0]
 
 
+def check_device(device: str) -> None:
+    """Raises a UserError if MODEL.DEVICE is a GPU and there is none."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"MODEL.DEVICE is {device}, and there is no GPU: set MODEL.DEVICE cpu")
+
+
 def _launch(main: Callable[..., Any], args: Namespace, device: str, main_args: tuple) -> None:
     options = {k: getattr(args, k) for k in ("num_machines", "machine_rank", "dist_url")}
     options["timeout"] = _timeout()
     if args.num_gpus * args.num_machines <= 1:
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise UserError(f"MODEL.DEVICE is {device}, and there is no GPU: add MODEL.DEVICE cpu")
+        check_device(device)
         return launch(main, args.num_gpus, **options, args=main_args)
     if not device.startswith("cuda"):
         raise UserError(

@@ -20,7 +20,7 @@ from ..io import yaml as plain_yaml
 from ..io.atomic import PARTIAL
 from ..io.lock import FILE, folder_lock
 
-__all__ = ["check_exists", "output_errors", "run_folder"]
+__all__ = ["check_exists", "check_path", "output_errors", "run_folder"]
 
 # Names of the files that a training run writes.
 _FILES = re.compile(
@@ -44,6 +44,12 @@ _FREE = re.compile(r"MODEL\.DEVICE|MODEL\.WEIGHTS|MODEL\..*_TEST")
 def _is_local(folder: str) -> bool:
     """Whether a folder is a local path and not the address of a remote storage."""
     return bool(folder) and "://" not in folder
+
+
+def check_path(folder: Any) -> None:
+    """Raises a UserError if OUTPUT_DIR is not a local path, as it has to be on the command line."""
+    if not folder or not _is_local(folder):
+        raise UserError(f"OUTPUT_DIR is {folder!r}: use the path of a folder on this machine")
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """On SIGTERM, SIGINT or SIGHUP: finish the step, save, exit with 128 + signal."""
 
 import os
+import re
 import signal
 import threading
 import time
@@ -10,6 +11,7 @@ from typing import Any, Callable, Dict, Optional
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
+from ..errors import UserError
 from ..log import get_logger
 from .checkpoint import Checkpointer
 
@@ -51,6 +53,8 @@ def end_with_parent() -> None:
     parent = os.environ.pop(PARENT, None)
     if parent is None:
         return
+    if not re.fullmatch("[0-9]+", parent):
+        raise UserError(f"{PARENT} is {parent!r} in the environment: unset it")
 
     def watch():
         while os.getppid() == int(parent):

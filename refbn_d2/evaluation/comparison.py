@@ -22,7 +22,7 @@ from .interval import (
 )
 from .runs import Run
 
-__all__ = ["Comparison", "Differences", "NormRuns", "compare"]
+__all__ = ["Comparison", "Differences", "NormRuns", "baseline_among", "compare"]
 
 # Label -> iou type -> metric -> Difference.
 Differences = Dict[str, Dict[str, Dict[str, Difference]]]
@@ -181,11 +181,8 @@ def compare(
             compare.
     """
     finished = [run for run in runs if not run.error]
-    names = list(dict.fromkeys(run.name for run in runs))
-    baseline = names[0] if baseline is None else baseline
+    baseline = baseline_among([run.name for run in runs], baseline)
     primary = primary or ("bbox" if "bbox" in iou_types else iou_types[0])
-    if baseline not in names:
-        raise UserError(f"--baseline {baseline}: no such name; there are {', '.join(names)}")
     if primary not in iou_types:
         raise UserError(f"--primary {primary}: is not among --iou-type {' '.join(iou_types)}")
     if not (margin > 0 and math.isfinite(margin)):
@@ -222,6 +219,20 @@ def compare(
         units=units,
         warnings=warnings + coverage_warnings(covered, gt),
     )
+
+
+def baseline_among(names: Sequence[str], baseline: Optional[str]) -> str:
+    """Returns ``baseline``, or the first of ``names`` for None.
+
+    Raises:
+        UserError: If ``baseline`` is not among ``names``.
+    """
+    names = list(dict.fromkeys(names))
+    if baseline is None:
+        return names[0]
+    if baseline not in names:
+        raise UserError(f"--baseline {baseline}: no such name; there are {', '.join(names)}")
+    return baseline
 
 
 def _shared_pretraining(runs: Sequence[Run]) -> List[str]:

@@ -97,6 +97,7 @@ POWER = 0.8
 EFFECT = 0.5  # AP, the paper's claim
 MARGIN = 0.5  # AP; smaller differences count as none in practice
 MAX_SEEDS = 10_000
+MAX_RESAMPLES = 100_000
 # Runs of each norm from which those with the same seed are paired. With fewer, the interval would
 # be longer unless the correlation is high.
 PAIRED_FROM = 5
@@ -328,11 +329,13 @@ def half_samples(
         ``resamples`` sorted lists of ids.
 
     Raises:
-        UserError: If there are fewer than 2 resamples, images or clusters, from which no spread can
-            be measured.
+        UserError: If there are more than MAX_RESAMPLES, or if there are fewer than 2 resamples,
+            images or clusters, from which no spread can be measured.
     """
     if resamples < 2:
         raise UserError(f"--resamples {resamples}: at least 2 are needed to measure a spread")
+    if resamples > MAX_RESAMPLES:
+        raise UserError(f"--resamples {resamples}: use at most {MAX_RESAMPLES}")
     if seed < 0:
         raise UserError(f"--seed {seed}: must be 0 or more")
     ids = np.asarray(image_ids)

@@ -146,6 +146,8 @@ def load_matrix(path: str) -> List[RunSpec]:
             raise UserError(f"matrix {path}: needs DETECTOR and NORMS, and may have {keys}")
         _check_part(path, part)
         specs += _specs(path, part)
+    if not specs:
+        raise UserError(f"matrix {path}: has no runs: name at least one norm and one of each axis")
     folders = [c.folder for c in specs]
     if len(set(folders)) < len(folders):
         raise UserError(
@@ -168,6 +170,9 @@ _AXES: Dict[str, Tuple[Callable[[Any], bool], str]] = {
     "GROUPING_STRENGTH": (lambda v: is_number(v) and 0 <= v <= 1, "numbers from 0 to 1"),
 }
 _MAX_RUNS = 10_000
+# Names become names of folders.
+_LONGEST = 255
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _check_part(path: str, part: Dict[str, Any]) -> None:
@@ -195,6 +200,12 @@ def _check_part(path: str, part: Dict[str, Any]) -> None:
             )
     if not isinstance(part.get("PROTOCOL", ""), str):
         raise UserError(f"matrix {path}: PROTOCOL is {part['PROTOCOL']!r}: use a name")
+    named = [e["name"] for e in entries if isinstance(e, dict) and "name" in e]
+    for name in [part.get("PROTOCOL", ""), *named]:
+        if _SURROGATE.search(name) or len(name.encode()) > _LONGEST:
+            raise UserError(
+                f"matrix {path}: {name!r:.60} is no name: use text of at most {_LONGEST} bytes"
+            )
     for opts in [
         part.get("OPTS", []),
         part.get("CLASSIFIER_OPTS", []),
@@ -231,7 +242,10 @@ def _specs(path: str, matrix: Dict[str, Any]) -> List[RunSpec]:
             "opts": opts,
             "pretraining_opts": pretraining_opts,
         }
-        variants.append((variant, load_config(detector, list(opts)).SOLVER.IMS_PER_BATCH))
+        batch = load_config(detector, list(opts)).SOLVER.IMS_PER_BATCH
+        if batch < 1:
+            raise UserError(f"matrix {path}: SOLVER.IMS_PER_BATCH is {batch}: use at least 1")
+        variants.append((variant, batch))
     axes = itertools.product(
         matrix.get("SEEDS", [1]),
         matrix.get("GROUPING_STRENGTH", [0.0]),

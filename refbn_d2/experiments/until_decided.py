@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence
 
 from ..errors import UserError
+from ..evaluation.comparison import baseline_among
 from ..evaluation.runs import RESULTS, Run, common_ground_truth, find_runs
 from ..evaluation.sequential import Plan, Progress, next_look
 from ..io.atomic import atomic_write
@@ -47,10 +48,11 @@ def run_until_decided(
         Result of the last look.
 
     Raises:
-        UserError: if a run failed, if ``output`` was begun with another plan, or if the runs are
-            evaluated on different data sets.
+        UserError: if there is no run named ``baseline``, if a run failed, if ``output`` cannot be
+            written or was begun with another plan, or if the runs are evaluated on different data
+            sets.
     """
-    baseline = baseline or specs[0].name
+    baseline = baseline_among([spec.name for spec in specs], baseline)
     _fix(output, {**dataclasses.asdict(plan), "baseline": baseline})
     planned = _with_seeds(specs, plan.max_seeds)
     while True:
@@ -81,9 +83,14 @@ def _fix(output: Path, plan: Dict[str, Any]) -> None:
     """Saves the plan in ``output``; raises a UserError if it contains another plan."""
     file = output / _FILE
     if not file.exists():
-        output.mkdir(parents=True, exist_ok=True)
-        with atomic_write(str(file)) as f:
-            json.dump(plan, f, indent=1)
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            with atomic_write(str(file)) as f:
+                json.dump(plan, f, indent=1)
+        except OSError as e:
+            raise UserError(
+                f"{output} cannot be written: {e.strerror}; choose another folder"
+            ) from None
     before = read_json(file)
     if before != plan:
         raise UserError(

@@ -1,5 +1,6 @@
 """Reading of untrusted image files."""
 
+import os
 import struct
 import zlib
 from contextlib import contextmanager
@@ -97,7 +98,7 @@ def read_rgb(path: Path, size: Tuple[int, int]) -> np.ndarray:
                 f"{size[1]} of the annotations"
             )
 
-    if not path.is_file():  # missing, or a pipe that may never end
+    if not os.path.isfile(path):  # missing, too long, or a pipe that may never end
         raise UserError(f"{path}: no such file")
     # Sorted: EXIF may exchange height and width.
     with decoded_image(path, str(path), check_size) as image:

@@ -98,7 +98,7 @@ def test_what_does_not_go_together(monkeypatch, changes, num_gpus, device, messa
 @pytest.mark.parametrize(
     "num_gpus, device, message",
     [
-        (1, "cuda", "MODEL.DEVICE is cuda, and there is no GPU: add MODEL.DEVICE cpu"),
+        (1, "cuda", "MODEL.DEVICE is cuda, and there is no GPU: set MODEL.DEVICE cpu"),
         (2, "cpu", "--num-gpus 2 with MODEL.DEVICE cpu: start .* torchrun --nproc_per_node 2"),
         (2, "cuda", "--num-gpus 2: this machine has 1 GPUs"),
     ],
@@ -118,7 +118,9 @@ def test_devices_that_are_not_there(monkeypatch, num_gpus, device, message):
         ({"MASTER_PORT": "auto"}, "MASTER_PORT is 'auto' .* whole number"),
         ({"MASTER_PORT": "70000"}, "MASTER_PORT is 70000: use a port from 0 to 65535"),
         ({"RANK": ""}, "RANK is '' in the environment"),
-        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE is 0"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "^LOCAL_WORLD_SIZE is 0"),
+        ({"WORLD_SIZE": "0"}, "^WORLD_SIZE is 0 in the environment: use a number from 1"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR is '' in the environment"),
     ],
 )
 def test_an_environment_that_is_no_number(changes, message):
@@ -127,6 +129,21 @@ def test_an_environment_that_is_no_number(changes, message):
     if "MASTER_PORT" in changes:
         with pytest.raises(UserError, match=message):
             launcher.launcher_environment({**SRUN, **changes})
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *(("STEP_NUM_TASKS", value) for value in ("x", "", "-2")),
+        *(("STEP_TASKS_PER_NODE", value) for value in ("x", "", None)),
+        *((name, None) for name in ("STEP_NODELIST", "PROCID", "LOCALID", "JOB_ID", "STEP_ID")),
+    ],
+)
+def test_an_environment_that_srun_does_not_make(name, value):
+    env = {**SRUN, f"SLURM_{name}": value}
+    env = {k: v for k, v in env.items() if v is not None}
+    with pytest.raises(UserError, match=f"^SLURM_{name} is {value or ''!r} .*start with srun"):
+        launcher.launcher_environment(env)
 
 
 @pytest.fixture

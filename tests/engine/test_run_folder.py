@@ -176,6 +176,18 @@ def test_a_folder_that_cannot_be_made_is_named(tiny_data, train_net, tmp_path):
     _assert_one_line(result, f"{tmp_path}/file/out cannot be written: Not a directory")
 
 
+@pytest.mark.parametrize(
+    "folder, shown", [("", "''"), ("None", "None"), ("s3://a/b", "'s3://a/b'")]
+)
+def test_an_output_that_is_no_local_folder(
+    tiny_data, train_net, tmp_path, monkeypatch, folder, shown
+):
+    monkeypatch.chdir(tmp_path)
+    result = train_net(*ARGS, *_options(folder))
+    _assert_one_line(result, f"OUTPUT_DIR is {shown}: use the path of a folder on this machine")
+    assert not any(tmp_path.iterdir())
+
+
 def _delete(folder):
     shutil.rmtree(folder)
 

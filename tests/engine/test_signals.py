@@ -17,6 +17,7 @@ from refbn_d2.engine.signals import (
     handle,
     restore,
 )
+from refbn_d2.errors import UserError
 
 
 class _Checkpointer:
@@ -140,6 +141,13 @@ def _parent(folder: Path) -> None:
         signal.pause()
         os._exit(0)
     time.sleep(60)
+
+
+@pytest.mark.parametrize("parent", ["x", "", "-1"])
+def test_a_parent_that_is_no_process_id_is_refused(monkeypatch, parent):
+    monkeypatch.setenv(PARENT, parent)
+    with pytest.raises(UserError, match=f"{PARENT} is '{parent}' in the environment: unset it"):
+        end_with_parent()
 
 
 def test_a_killed_parent_takes_its_child_with_it(tmp_path):

@@ -82,7 +82,7 @@ def test_halves_are_halves_without_repetition_and_reproducible():
 @pytest.mark.parametrize(
     "ids, resamples, seed, words",
     [([1, 2], 1, 0, "resamples 1"), ([1, 2], -5, 0, "resamples -5"), ([1], 9, 0, "1 image"),
-     ([1, 2], 9, -1, "seed -1")],
+     ([1, 2], 9, -1, "seed -1"), ([1, 2], 10**9, 0, "1000000000: use at most 100000")],
 )  # fmt: skip
 def test_halves_refuse(ids, resamples, seed, words):
     with pytest.raises(UserError, match=words):

@@ -225,6 +225,7 @@ BAD_COMMANDS = {
     "missing truth": (["--gt", "none.json"], "none.json: no such file"),
     "no pictures": (["--images", "none"], "--images none: no such folder"),
     "output is a file": (["--output", "{a}"], "is not a folder"),
+    "output is too long": (["--output", "x" * 300], "File name too long; choose a shorter one"),
 }
 
 

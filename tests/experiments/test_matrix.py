@@ -85,6 +85,11 @@ def test_a_matrix_elsewhere_names_shipped_configs(tmp_path):
         ({"OPTS": "SEED 3"}, "options are 'SEED 3'"),
         ({"CLASSIFIER_OPTS": "SEED 3"}, "options are 'SEED 3'"),
         ({"PROTOCOL": 1}, "PROTOCOL is 1"),
+        ({"SEEDS": []}, "has no runs: name at least one norm"),
+        ({"OPTS": ["SOLVER.IMS_PER_BATCH", 0]}, "SOLVER.IMS_PER_BATCH is 0: use at least 1"),
+        ({"PROTOCOL": "é" * 128}, "'é+ is no name: use text of at most 255 bytes"),
+        ({"NORMS": [{"norm": "BN", "name": "x" * 256}]}, "'x+ is no name"),
+        ({"NORMS": [{"norm": "BN", "name": "\ud800"}]}, r"'\\ud800' is no name"),
     ],
 )
 def test_a_mistake_in_the_matrix(tmp_path, content, message):

@@ -107,6 +107,22 @@ def test_looks_stay_as_they_were_fixed(tmp_path, specs, train):
     assert len(train.trained) == 2
 
 
+@pytest.mark.parametrize(
+    "baseline, output, message",
+    [
+        ("none", "out", "--baseline none: no such name; there are BN, RefBN, broken"),
+        ("BN", "file/out", "file/out cannot be written: Not a directory; choose another folder"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_any_run(
+    tmp_path, specs, train, baseline, output, message
+):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=message):
+        run_until_decided(specs, tmp_path / output, PLAN, baseline, train, jobs=1)
+    assert train.trained == [] and not (tmp_path / "out").exists()
+
+
 def test_a_run_that_fails_ends_it(tmp_path, specs):
     def fails(specs):
         return [{"status": "failed"} for _ in specs]
