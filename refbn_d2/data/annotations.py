@@ -2,6 +2,7 @@
 
 import numbers
 import os
+from collections import abc
 from dataclasses import dataclass, field
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Set, Tuple
 
@@ -24,6 +25,7 @@ class Contents:
     Attributes:
         images: number of images.
         objects: number of objects.
+        without_annotations: file names of images that are not annotated, not even as empty.
         without_mask: file names of images with an object that has no mask.
         with_rle: file names of images with a mask in RLE format.
         without_keypoints: file names of images with an object that has no keypoints.
@@ -34,6 +36,7 @@ class Contents:
 
     images: int = 0
     objects: int = 0
+    without_annotations: List[str] = field(default_factory=list)
     without_mask: List[str] = field(default_factory=list)
     with_rle: List[str] = field(default_factory=list)
     without_keypoints: List[str] = field(default_factory=list)
@@ -50,6 +53,8 @@ def contents(dicts: Iterable[Dict[str, Any]]) -> Contents:
         objects = [a for a in d.get("annotations", ()) if not a.get("iscrowd", 0)]
         found.images += 1
         found.objects += len(objects)
+        if "annotations" not in d:
+            found.without_annotations.append(name)
         masks = [a.get("segmentation") for a in objects]
         if not all(masks):
             found.without_mask.append(name)
@@ -109,6 +114,10 @@ def _plain_dict(
         d["width"], d["height"] = _size(d["file_name"], image)
     d["height"], d["width"] = _plain(d["height"]), _plain(d["width"])
     if "annotations" in d:
+        if not isinstance(d["annotations"], abc.Iterable):
+            raise UserError(
+                f"{image}: annotations is {d['annotations']!r}, not a list ([] if it has no object)"
+            )
         d["annotations"] = [
             _plain_annotation(a, f"{image}, annotation {n}", num_classes)
             for n, a in enumerate(d["annotations"])
@@ -145,11 +154,21 @@ def _plain_annotation(
         plain["bbox_mode"] = BoxMode(plain["bbox_mode"])
     except ValueError:
         raise UserError(f"{where}: bbox_mode is {plain['bbox_mode']!r}, not a BoxMode") from None
+    if plain["bbox_mode"] in (BoxMode.XYXY_REL, BoxMode.XYWH_REL):
+        raise UserError(
+            f"{where}: bbox_mode is {plain['bbox_mode'].name}, which detectron2 cannot convert: "
+            "give boxes in pixels (XYXY_ABS, XYWH_ABS)"
+        )
     category = plain["category_id"]
     if not is_int(category) or not 0 <= category < (num_classes or 2**31):
         allowed = f"0 to {num_classes - 1}" if num_classes else "a whole number >= 0"
         raise UserError(f"{where}: category_id is {category!r}, not {allowed}")
     mask = annotation.get("segmentation")
+    if not isinstance(mask, (type(None), list, tuple, dict, np.ndarray)):
+        raise UserError(
+            f"{where}: segmentation is of type {type(mask).__name__}: give a list of polygons, "
+            "RLE, or a bitmap as a NumPy array"
+        )
     if mask is not None and len(mask):
         plain["segmentation"] = _plain_mask(mask, where)
     return plain
@@ -189,7 +208,8 @@ def check_dicts(dicts: Iterable[Dict[str, Any]], where: str) -> None:
 
     Args:
         dicts: dicts in detectron2's standard format. Boxes in XYWH_ABS, COCO's mode, are checked
-            completely; of boxes in other modes only whether the numbers are finite.
+            completely; of boxes in other modes only the number of values, and whether all are
+            finite.
         where: description of the data set, for messages.
     """
     masks, sizes, owners = [], [], []
@@ -200,10 +220,12 @@ def check_dicts(dicts: Iterable[Dict[str, Any]], where: str) -> None:
             raise UserError(f"{image}: height and width are {size}, not whole numbers > 0")
         for n, annotation in enumerate(d.get("annotations", ())):
             box, problem = annotation.get("bbox"), ""
-            if annotation.get("bbox_mode") == BoxMode.XYWH_ABS:
+            mode = annotation.get("bbox_mode")
+            count = 5 if mode == BoxMode.XYWHA_ABS else 4
+            if mode == BoxMode.XYWH_ABS:
                 problem = box_problem(box)
-            elif not isinstance(box, list) or not all(map(is_number, box)):
-                problem = f"bbox {box!r} is not all finite numbers"
+            elif not isinstance(box, list) or len(box) != count or not all(map(is_number, box)):
+                problem = f"bbox {box!r} is not {count} finite numbers"
             if problem:
                 raise UserError(f"{image}, annotation {n}: {problem}")
             points = annotation.get("keypoints") or []

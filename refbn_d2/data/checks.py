@@ -7,7 +7,7 @@ from detectron2.data import MetadataCatalog
 
 from ..errors import UserError
 from .errors import annotation_files
-from .sets import DataSet, load_test_set, load_train_set
+from .sets import DataSet, class_list, load_test_set, load_train_set
 
 __all__ = ["check_test_sets", "check_train_set", "class_keys", "class_names", "set_num_classes"]
 
@@ -43,9 +43,9 @@ def class_names(cfg: CfgNode, names: Sequence[str]) -> Dict[str, List[str]]:
     Returns:
         The names under "thing_classes", "stuff_classes" or both, if the data set has names.
     """
-    metadata = [MetadataCatalog.get(name) for name in names[:1]]
-    fields = {field for _, field in class_keys(cfg)}
-    return {f: list(map(str, m.get(f))) for m in metadata for f in sorted(fields) if m.get(f)}
+    fields = sorted({field for _, field in class_keys(cfg)})
+    found = {f: class_list(name, f) for name in names[:1] for f in fields}
+    return {f: classes for f, classes in found.items() if classes}
 
 
 def _value(cfg: CfgNode, key: str) -> Any:
@@ -78,7 +78,7 @@ def set_num_classes(cfg: CfgNode, evaluate: bool = False) -> CfgNode:
     frozen = cfg.is_frozen()
     cfg.defrost()
     for key, field in missing:
-        classes = MetadataCatalog.get(names[0]).get(field)
+        classes = class_list(names[0], field)
         if not classes:
             raise UserError(
                 f"{key} is 0, and data set {names[0]} has no class names ({field}) to count"
@@ -102,6 +102,13 @@ def check_train_set(cfg: CfgNode) -> DataSet:
             first = cfg.DATASETS.TRAIN[0]
             _check_classes(cfg, key, field, name, data.contents.largest_class, first)
     names = annotation_files(cfg.DATASETS.TRAIN)
+    if any(field == "thing_classes" for _, field in class_keys(cfg)):
+        if data.contents.without_annotations:
+            raise UserError(
+                f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}, but "
+                f"{_some(data.contents.without_annotations, data)} of {names} have no annotations: "
+                "give images without objects an empty list"
+            )
     if cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "PanopticFPN"):
         _check_masks(cfg, names, data)
         _check_keypoints(cfg, names, data)
@@ -133,10 +140,10 @@ def _check_classes(
     cfg: CfgNode, key: str, field: str, name: str, largest: int, other: Optional[str] = None
 ) -> None:
     """Compares the classes of a data set with the config and with the classes of ``other``."""
-    classes = MetadataCatalog.get(name).get(field)
+    classes = class_list(name, field)
     number = _value(cfg, key)
-    wanted = MetadataCatalog.get(other).get(field) if other else None
-    if classes and wanted and list(classes) != list(wanted):
+    wanted = class_list(other, field) if other else []
+    if classes and wanted and classes != wanted:
         differing = [
             f"; class {n} is {a!r} and {b!r}"
             for n, (a, b) in enumerate(zip(classes, wanted))

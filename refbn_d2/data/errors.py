@@ -56,6 +56,13 @@ class _NamingTheFile:
                 return self._mapper(dataset_dict)
         except SizeMismatchError as e:
             raise UserError(f"image {dataset_dict['file_name']}: {e}") from None
+        except KeyError as e:
+            if e.args != ("file_name",) or "file_name" in dataset_dict:
+                raise
+            raise UserError(
+                f"image {dataset_dict.get('image_id')} has no file_name, from which detectron2's "
+                "mapper reads it: give one, or a Trainer with another build_mapper"
+            ) from None
 
 
 def _check_header(image: Image.Image, name: str, size: Tuple[Any, Any]) -> None:

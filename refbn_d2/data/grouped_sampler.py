@@ -27,18 +27,26 @@ def image_groups(dataset_dicts: Iterable[Dict[str, Any]], field: str = "") -> Li
         Indices of the groups, from 0, in the sorted order of their names.
 
     Raises:
-        UserError: If an image lacks the field.
+        UserError: If an image lacks the field, or has a list or dict there.
     """
     fields = [field] if field else ["group", "style"]
 
     def key(d: Dict[str, Any]) -> Any:
+        image = f"image {d.get('file_name', d.get('image_id'))}"
         for name in fields:
             if d.get(name) is not None:
+                try:
+                    hash(d[name])
+                except TypeError:
+                    raise UserError(
+                        f"{image} has a {type(d[name]).__name__} as {name!r}, by which images are "
+                        "grouped: give text or a number, or name another field with "
+                        "DATALOADER.GROUP_FIELD"
+                    ) from None
                 return d[name]
         if field:
             raise UserError(
-                f"image {d.get('file_name', d.get('image_id'))} has no {field!r}, by which "
-                "DATALOADER.GROUP_FIELD groups the images"
+                f"{image} has no {field!r}, by which DATALOADER.GROUP_FIELD groups the images"
             )
         categories = Counter(a["category_id"] for a in d.get("annotations", []))
         return categories.most_common(1)[0][0] if categories else -1

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -25,7 +26,14 @@ from .coco_json import coco_files_read_once, keep_content
 from .errors import annotation_files, dataset_errors
 from .proposals import checked_proposals
 
-__all__ = ["DataSet", "load_dicts", "load_test_set", "load_train_set", "make_coco_file"]
+__all__ = [
+    "DataSet",
+    "class_list",
+    "load_dicts",
+    "load_test_set",
+    "load_train_set",
+    "make_coco_file",
+]
 
 
 @dataclass(frozen=True)
@@ -64,11 +72,15 @@ def load_dicts(name: str, cfg: CfgNode, evaluated: bool) -> List[Dict[str, Any]]
     with dataset_errors([name]), coco_files_read_once(evaluated) as read:
         dicts = DatasetCatalog.get(name)
         files = list(read)
+    if not hasattr(dicts, "__len__"):
+        raise UserError(
+            f"data set {name}: its function returns a {type(dicts).__name__}, not a list of dicts"
+        )
     if not len(dicts):
         raise UserError(f"data set {name} has no images")
     if not files:  # not from a COCO file: the function may use all types that upstream allows
-        classes = MetadataCatalog.get(name).get("thing_classes")
-        dicts = plain_dicts(dicts, f"data set {name}", len(classes) if classes else None)
+        classes = class_list(name, "thing_classes")
+        dicts = plain_dicts(dicts, f"data set {name}", len(classes) or None)
         check_dicts(dicts, f"data set {name}")
     fields = {"group", "style", cfg.DATALOADER.GROUP_FIELD} - {""}
     for file in files:
@@ -76,6 +88,17 @@ def load_dicts(name: str, cfg: CfgNode, evaluated: bool) -> List[Dict[str, Any]]
             image = file.imgs.get(d["image_id"], {})
             d.update({f: image[f] for f in fields if f in image and f not in d})
     return dicts
+
+
+def class_list(name: str, field: str) -> List[str]:
+    """Returns the names of a loaded data set's classes; [] if it has none.
+
+    Args:
+        name: name of the data set.
+        field: "thing_classes" or "stuff_classes", which may also be a tuple or an array.
+    """
+    classes = MetadataCatalog.get(name).get(field)
+    return [] if classes is None else list(map(str, classes))
 
 
 def load_train_set(cfg: CfgNode) -> DataSet:
@@ -129,7 +152,10 @@ def _load(
         for a in d.get("annotations", ())
         if a.get("iscrowd", 0) == 0
     ]
-    if filter_empty and not objects and "annotations" in loaded[names[0]][0]:
+    # If only some images are annotated, no image is omitted; upstream would need them all to be.
+    if not all("annotations" in d for dicts in loaded.values() for d in dicts):
+        filter_empty, min_keypoints = False, 0
+    if filter_empty and not objects:
         raise UserError(
             f"{annotation_files(names)}: none of the {total} images has an object that is not a "
             "crowd (DATALOADER.FILTER_EMPTY_ANNOTATIONS False trains on images without objects)"
@@ -146,9 +172,25 @@ def _load(
         )
     del loaded
     dicts = dicts if isinstance(dicts, list) else list(dicts)
-    result = DataSet(DatasetFromList(dicts, copy=False), contents(dicts))
+    result = DataSet(_serialized(dicts, ", ".join(names)), contents(dicts))
     _KEPT[key] = state, result
     return result
+
+
+def _serialized(dicts: List[Dict[str, Any]], names: str) -> DatasetFromList:
+    try:
+        return DatasetFromList(dicts, copy=False)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        for d in dicts:
+            for key, value in d.items():
+                try:
+                    pickle.dumps(value)
+                except (pickle.PicklingError, AttributeError, TypeError) as e:
+                    raise UserError(
+                        f"data set {names}: image {d.get('file_name', d['image_id'])}: {key} "
+                        f"cannot be pickled for the loader's processes ({e}): leave it out"
+                    ) from None
+        raise
 
 
 def make_coco_file(cfg: CfgNode, name: str, folder: str) -> None:
@@ -164,10 +206,15 @@ def make_coco_file(cfg: CfgNode, name: str, folder: str) -> None:
     path = os.path.join(folder, f"{name}_coco_format.json")
     if metadata.get("json_file", _MADE.get(name)) != _MADE.get(name):
         return  # it has a file of its own
-    if not metadata.get("thing_classes"):
+    classes = class_list(name, "thing_classes")
+    if not classes:
         raise UserError(f"data set {name} has no class names: set its metadata's thing_classes")
+    ids = metadata.get("thing_dataset_id_to_contiguous_id")
+    if ids is not None:
+        _check_ids(ids, classes, f"data set {name}: thing_dataset_id_to_contiguous_id")
     dicts = list(load_test_set(cfg, name).dicts)
     for d in dicts:
+        d.setdefault("file_name", "")  # evaluation needs no image, which may be in memory
         if not is_int(d["image_id"]):
             raise UserError(
                 f"data set {name}: image_id {d['image_id']!r} is not a whole number, which its "
@@ -186,6 +233,21 @@ def make_coco_file(cfg: CfgNode, name: str, folder: str) -> None:
     if metadata.get("json_file") != path:
         vars(metadata).pop("json_file", None)  # detectron2 does not allow changing a value
         metadata.json_file = path
+
+
+def _check_ids(ids: Any, classes: Sequence[str], where: str) -> None:
+    if not isinstance(ids, dict):
+        raise UserError(f"{where} is a {type(ids).__name__}, not a dict")
+    of_class = {index: key for key, index in ids.items()}
+    for n, name in enumerate(classes):
+        if not is_int(of_class.get(n)):
+            found = f"{of_class[n]!r} is not a whole number" if n in of_class else "it has none"
+            raise UserError(
+                f"{where} has to give class {n} ({name!r}) an id, but {found}: correct it, or "
+                "leave it out"
+            )
+    if len(ids) != len(classes):
+        raise UserError(f"{where} has {len(ids)} ids for {len(classes)} classes: give each one")
 
 
 # Name of a data set -> the file that make_coco_file wrote for it.

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ..errors import UserError
 from ..io.atomic import PARTIAL, atomic_write
+from ..io.coco import is_int
 from ..modeling.timm_weights import with_detector_names
 from ..upstream import exchanged
 from ..weights import safe_pickle
@@ -106,6 +107,12 @@ class Checkpointer(DetectionCheckpointer):
         """Describes the last good checkpoint, for an error message."""
         path = self.get_checkpoint_file()
         return f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
+
+    def get_checkpoint_file(self) -> str:
+        try:
+            return super().get_checkpoint_file()
+        except UnicodeDecodeError:  # a damaged file names no checkpoint, as one that is missing
+            return ""
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         # Upstream truncates the file first; a run that is killed at that moment could not resume.
@@ -213,7 +220,14 @@ class Checkpointer(DetectionCheckpointer):
         try:
             content = safe_pickle.load_torch(path)
             missing = [k for k in ("model", *self.checkpointables) if k not in content]
-            return f"it has no {missing[0]!r}" if missing else ""
+            if missing:
+                return f"it has no {missing[0]!r}"
+            # A trainer's state includes its iteration.
+            for state in (content, *(content[k] for k in self.checkpointables)):
+                iteration = state.get("iteration", 0) if isinstance(state, dict) else 0
+                if not is_int(iteration) or iteration < 0:
+                    return f"its iteration is {iteration!r}, not a whole number >= 0"
+            return ""
         except OSError as e:
             return e.strerror or first_sentence(e)
         except Exception as e:  # a damaged file may raise any exception
@@ -266,12 +280,12 @@ class Checkpointer(DetectionCheckpointer):
             with exchanged("detectron2.checkpoint.detection_checkpoint:pickle", pickle):
                 with exchanged("torch:load", _dict_of(safe_pickle.load_torch)):
                     content = super()._load_file(filename)
-        weights = content["model"]
-        if not isinstance(weights, dict) or not all(isinstance(k, str) for k in weights):
-            raise UserError(f"weights {filename!r}: no names and tensors in it (MODEL.WEIGHTS)")
         # Upstream reads the key "model", or the whole content if there is no such key.
-        inner = find_state_dict(weights)
-        found = inner if inner.key else find_state_dict(content)
+        try:
+            inner = find_state_dict(content["model"])
+            found = inner if inner.key else find_state_dict(content)
+        except UserError as e:
+            raise UserError(f"weights {filename!r}: {e} (MODEL.WEIGHTS)") from None
         if found.key != "model" or found.others:
             self.logger.info("Of %s, %s", self._path, found)
         content["model"] = found.weights

@@ -55,16 +55,21 @@ def build_evaluator(cfg: CfgNode, name: str, output_dir: str) -> DatasetEvaluato
             installed.
     """
     kind = MetadataCatalog.get(name).get("evaluator_type")
-    package, remedy = _NEEDS.get(kind, ("", ""))
-    if package and find_spec(package) is None:
-        raise UserError(
-            f"data set {name} is evaluated by {package}, which is not installed: {remedy}"
-        )
     single = {
         "cityscapes_instance": CityscapesInstanceEvaluator,
         "cityscapes_sem_seg": CityscapesSemSegEvaluator,
         "pascal_voc": PascalVOCDetectionEvaluator,
     }
+    known = ("coco", "coco_panoptic_seg", "sem_seg", "lvis", *single)
+    if not isinstance(kind, str) or kind not in known:
+        raise UserError(
+            f"data set {name} has evaluator_type {kind!r}: known are {', '.join(known)}"
+        )
+    package, remedy = _NEEDS.get(kind, ("", ""))
+    if package and find_spec(package) is None:
+        raise UserError(
+            f"data set {name} is evaluated by {package}, which is not installed: {remedy}"
+        )
     if kind in single:
         return single[kind](name)
     if kind == "lvis":
@@ -78,9 +83,4 @@ def build_evaluator(cfg: CfgNode, name: str, output_dir: str) -> DatasetEvaluato
         )
     if kind == "coco_panoptic_seg":
         evaluators.append(COCOPanopticEvaluator(name, output_dir))
-    if not evaluators:
-        raise UserError(
-            f"data set {name} has evaluator_type {kind!r}: known are coco, coco_panoptic_seg, "
-            f"sem_seg, lvis, {', '.join(single)}"
-        )
     return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)

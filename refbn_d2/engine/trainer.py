@@ -262,12 +262,16 @@ class Trainer(DefaultTrainer):
                     f"images of {', '.join(cfg.DATASETS.TRAIN)} are of one group: name a field of "
                     "the images with DATALOADER.GROUP_FIELD, or set the strength to 0"
                 )
-            return GroupedTrainingSampler(
-                groups,
-                cfg.DATALOADER.GROUPING_STRENGTH,
-                cfg.SOLVER.IMS_PER_BATCH,
-                seed,
-            )
+            try:
+                return GroupedTrainingSampler(
+                    groups,
+                    cfg.DATALOADER.GROUPING_STRENGTH,
+                    cfg.SOLVER.IMS_PER_BATCH,
+                    seed,
+                )
+            except ValueError as e:
+                names = ", ".join(cfg.DATASETS.TRAIN)
+                raise UserError(f"data set {names}: {e} (SOLVER.IMS_PER_BATCH)") from None
         cfg = cfg.clone()
         cfg.defrost()
         cfg.SEED = seed

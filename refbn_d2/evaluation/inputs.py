@@ -268,8 +268,8 @@ def _detection_problem(entry: Any, gt: GroundTruth, iou_types: Sequence[str]) ->
         return f"unknown image_id {_named(image)}; it is not in {gt.path}"
     if not is_int(category) or category not in gt.categories:
         return f"unknown category_id {_named(category)}; it is not in {gt.path}"
-    if not is_number(score) or score < 0:
-        return f"score {score} is not a number >= 0"
+    if not is_number(score) or not 0 <= score <= 1:
+        return f"score {score} is not a number from 0 to 1"
     if "bbox" in entry:
         problem = box_problem(entry["bbox"])
         if problem:

@@ -148,6 +148,9 @@ def _read(path: str, key: str) -> Tuple[Dict[str, Tensor], StateDict]:
         raise UserError(f"{path}: {e}") from None
     caffe2 = path.endswith(".pkl") and content.get("__author__", "Caffe2") == "Caffe2"
     weights = {k: torch.as_tensor(v) for k, v in found.weights.items() if _is_tensor(v)}
+    for name, weight in weights.items():
+        if weight.is_meta:
+            raise UserError(f"{path}: {name} has a shape but no values (it was on the meta device)")
     return (convert_c2_detectron_names(weights)[0] if caffe2 else weights), found
 
 
@@ -252,6 +255,10 @@ def _resnet_config(weights: Dict[str, Tensor]) -> Dict[str, int]:
         outer = weights["res2.0.conv3.weight"] if bottleneck else inner
     except KeyError as e:
         raise UserError(f"it has no {e.args[0]}") from None
+    for name in ("stem.conv1", "res2.0.conv2", *(["res2.0.conv3"] if bottleneck else [])):
+        shape = tuple(weights[f"{name}.weight"].shape)
+        if len(shape) != 4 or 0 in shape:
+            raise UserError(f"{name}.weight is of shape {shape}, no convolution's")
     resnet = {"DEPTH": depth, "STEM_OUT_CHANNELS": len(stem), "RES2_OUT_CHANNELS": len(outer)}
     if bottleneck:
         resnet.update(NUM_GROUPS=len(inner) // inner.shape[1], WIDTH_PER_GROUP=inner.shape[1])

@@ -44,7 +44,7 @@ def find_state_dict(content: Any, key: str = "") -> StateDict:
         key: key of the state dict to take; '' for the most likely one.
 
     Raises:
-        UserError: if there is no state dict, or none at ``key``.
+        UserError: if there is no state dict, none at ``key``, or one with names that are not text.
     """
     if not isinstance(content, dict):
         raise UserError(f"holds a {type(content).__name__}, not weights by name")
@@ -52,10 +52,12 @@ def find_state_dict(content: Any, key: str = "") -> StateDict:
     if key and key not in found:
         known = f"it has {', '.join(found)}" if found else "its weights are not below any key"
         raise UserError(f"has no weights at {key!r}: {known}")
-    if not found:
-        return StateDict(content, "", [])
-    key = key or found[0]
-    return StateDict(content[key], key, [k for k in found if k != key])
+    key = key or (found[0] if found else "")
+    weights = content[key] if key else content
+    for name in weights:
+        if not isinstance(name, str):
+            raise UserError(f"has the name {name!r:.40} among its weights, which is not text")
+    return StateDict(weights, key, [k for k in found if k != key])
 
 
 def _load_safetensors(path: str) -> Dict[str, torch.Tensor]:

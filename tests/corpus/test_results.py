@@ -93,7 +93,7 @@ RESULTS = {
     },
     **{
         f"score {v!r}": ((0, "score"), v, "score")
-        for v in (NAN, INF, -INF, -0.1, "1", None, [1], True)
+        for v in (NAN, INF, -INF, -0.1, 1.1, 1e300, "1", None, [1], True)
     },
     "huge score": ((0, "score"), 10**400, "score"),
     **{

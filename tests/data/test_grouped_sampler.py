@@ -86,6 +86,12 @@ def test_groups_by_a_field():
         image_groups([{"site": 1}, {"file_name": "5.jpg"}], "site")
 
 
+@pytest.mark.parametrize("value", [["a", "b"], {"a": 1}, ([1],)])
+def test_a_group_that_is_a_container(value):
+    with pytest.raises(UserError, match="image 5.jpg has a .* as 'group', .*text or a number"):
+        image_groups([{"group": "x"}, {"file_name": "5.jpg", "group": value}])
+
+
 def test_one_group_is_said():
     with pytest.warns(UserWarning, match="all images are of one group"):
         GroupedTrainingSampler([0] * 8, 0.5, 4, 0)

@@ -9,6 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import tiny
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import BoxMode
@@ -17,6 +18,7 @@ from pycocotools import mask as mask_util
 
 from refbn_d2.config import load_config
 from refbn_d2.data.annotations import contents, plain_dicts
+from refbn_d2.data.checks import class_names, set_num_classes
 from refbn_d2.data.coco_json import read_coco
 from refbn_d2.data.sets import load_test_set, load_train_set
 from refbn_d2.engine import Trainer
@@ -145,6 +147,9 @@ def _dicts(folder):
     return [{"file_name": folder / "coco/train2017/000000000001.jpg", "annotations": annotations}]
 
 
+OBJECT = {"bbox": [20, 10, 50, 30], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 1}
+
+
 def test_a_functions_types_become_plain(tiny_data):
     (source,) = _dicts(tiny_data)
     before = copy.deepcopy(source)
@@ -189,12 +194,104 @@ def test_a_functions_types_become_plain(tiny_data):
             {"annotations": [{"bbox": "1 2 3 4", "bbox_mode": 0, "category_id": 1}]},
             "bbox '1 2 3 4' is not",
         ),
+        ({"annotations": None}, "image .*1.jpg: annotations is None, not a list"),
+        *(
+            ({"annotations": [{**OBJECT, **change}]}, f"image .*1.jpg, annotation 0: {expected}")
+            for change, expected in (
+                ({"bbox": [1, 2, 3]}, r"bbox \[1, 2, 3\] is not 4 finite numbers"),
+                ({"bbox_mode": BoxMode.XYWHA_ABS}, "bbox .* is not 5 finite numbers"),
+                ({"bbox_mode": BoxMode.XYXY_REL}, "bbox_mode is XYXY_REL, .*in pixels"),
+                ({"bbox_mode": BoxMode.XYWH_REL}, "bbox_mode is XYWH_REL, .*in pixels"),
+                ({"segmentation": 5}, "segmentation is of type int"),
+                ({"segmentation": "x.png"}, "segmentation is of type str"),
+                ({"segmentation": torch.zeros(64, 80)}, "segmentation is of type Tensor: .*NumPy"),
+            )
+        ),
+        ({"made_by": lambda x: x}, "image .*1.jpg: made_by cannot be pickled .*leave it out"),
     ],
 )
 def test_a_field_that_cannot_be_used_is_named(tiny_data, made, change, expected):
     made("made_train", lambda: [{**_dicts(tiny_data)[0], **change}])
     with pytest.raises(UserError, match=expected):
         load_train_set(_config(DATASETS__TRAIN="('made_train',)"))
+
+
+@pytest.mark.parametrize("kind", [iter, lambda d: map(dict, d), lambda d: None])
+def test_a_function_that_returns_no_list_is_named(tiny_data, made, kind):
+    made("made_train", lambda: kind(_dicts(tiny_data)))
+    with pytest.raises(UserError, match="made_train: its function returns a .*, not a list of"):
+        load_train_set(_config(DATASETS__TRAIN="('made_train',)"))
+
+
+@pytest.mark.parametrize("filtered", [True, False])
+@pytest.mark.parametrize("lacking", [(0,), (2,), (0, 1, 2)])
+def test_images_that_are_not_annotated(tiny_data, made, tmp_path, lacking, filtered):
+    def dicts():
+        plain = [{**_dicts(tiny_data)[0], "annotations": [OBJECT]} for _ in range(3)]
+        for n in lacking:
+            del plain[n]["annotations"]
+        return plain
+
+    for name in NAMES:
+        made(name, dicts)
+    names = {"DATASETS__TRAIN": "('made_train',)", "DATASETS__TEST": "('made_val',)"}
+    cfg = _config(
+        **names,
+        OUTPUT_DIR=tmp_path,
+        MODEL__ROI_HEADS__NUM_CLASSES=2,
+        MODEL__MASK_ON=False,
+        DATALOADER__FILTER_EMPTY_ANNOTATIONS=filtered,
+    )
+    Trainer.check_data(cfg, train=False)
+    expected = rf"{len(lacking)} of 3 images \(.*1.jpg\) of made_train have no annotations"
+    with pytest.raises(UserError, match=expected):
+        Trainer.check_data(cfg)
+
+
+@pytest.mark.parametrize("kind", [tuple, np.array])
+def test_class_names_that_are_no_list(tiny_data, made, tmp_path, kind):
+    for name in NAMES:
+        made(name, lambda: [{**_dicts(tiny_data)[0], "annotations": [OBJECT]}])
+        MetadataCatalog.get(name).thing_classes = kind(MetadataCatalog.pop(name).thing_classes)
+        MetadataCatalog.get(name).evaluator_type = "coco"
+    names = {"DATASETS__TRAIN": "('made_train',)", "DATASETS__TEST": "('made_val',)"}
+    changes = {"MODEL__ROI_HEADS__NUM_CLASSES": 0, "MODEL__MASK_ON": False}
+    cfg = set_num_classes(_config(**names, OUTPUT_DIR=tmp_path, **changes))
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 2
+    Trainer.check_data(cfg)
+    assert class_names(cfg, NAMES) == {"thing_classes": ["x", "y"]}
+
+
+@pytest.mark.parametrize(
+    "metadata, expected",
+    [
+        ({"evaluator_type": ["coco"]}, r"evaluator_type \['coco'\]: known are coco, "),
+        ({"thing_dataset_id_to_contiguous_id": {7: 0}}, r"class 1 \('y'\) an id, but it has none"),
+        ({"thing_dataset_id_to_contiguous_id": {"a": 0, "b": 1}}, "'a' is not a whole number"),
+        ({"thing_dataset_id_to_contiguous_id": {7: 0, 8: 1, 9: 2}}, "3 ids for 2 classes"),
+        ({"thing_dataset_id_to_contiguous_id": [7, 8]}, "contiguous_id is a list, not a dict"),
+    ],
+)
+def test_metadata_that_no_evaluation_can_use(tiny_data, made, metadata, expected):
+    made("made_val", lambda: [{**_dicts(tiny_data)[0], "annotations": [OBJECT]}])
+    vars(MetadataCatalog.get("made_val")).update(metadata)
+    cfg = _config(DATASETS__TEST="('made_val',)")
+    with pytest.raises(UserError, match=f"data set made_val.*{expected}"):
+        Trainer.build_evaluator(cfg, "made_val")
+
+
+def test_pixels_in_memory_need_another_mapper(made, tmp_path):
+    def dicts():
+        pixels = {"image": np.zeros((64, 80, 3), "uint8"), "height": 64, "width": 80}
+        return [{**pixels, "image_id": 7, "annotations": [OBJECT]}]
+
+    made("made_train", dicts)
+    names = {"DATASETS__TRAIN": "('made_train',)", "DATASETS__TEST": "('made_train',)"}
+    changes = {"MODEL__ROI_HEADS__NUM_CLASSES": 2, "MODEL__MASK_ON": False}
+    cfg = _config(**names, OUTPUT_DIR=tmp_path, **changes)
+    Trainer.check_data(cfg)
+    with pytest.raises(UserError, match="image 7 has no file_name, .*build_mapper"):
+        next(iter(Trainer.build_test_loader(cfg, "made_train")))
 
 
 def test_errors_of_the_users_own_function_keep_their_type(made):

@@ -144,6 +144,13 @@ def _weights_only(path):
     torch.save({"model": content["model"]}, path)
 
 
+def _iteration(value):
+    def damage(path):
+        torch.save({**torch.load(path, weights_only=True), "iteration": value}, path)
+
+    return damage
+
+
 @pytest.mark.parametrize(
     "damage, reason",
     [
@@ -153,8 +160,11 @@ def _weights_only(path):
         (_flip, "Bad CRC-32"),
         (lambda p: p.unlink(), "No such file"),
         (_weights_only, "it has no 'trainer'"),
+        (_iteration("x"), "its iteration is 'x', not a whole number >= 0"),
+        (_iteration(-5), "its iteration is -5, not"),
+        (_iteration(1.5), "its iteration is 1.5, not"),
     ],
-    ids=["cut", "zeros", "empty", "bit", "missing", "weights only"],
+    ids=["cut", "zeros", "empty", "bit", "missing", "weights only", "text", "negative", "float"],
 )
 def test_resume_skips_what_is_damaged_and_says_so(tmp_path, caplog, damage, reason):
     _three(tmp_path)
@@ -260,8 +270,8 @@ def test_the_state_dict_that_is_taken_is_said(tmp_path, caplog):
 
 def test_a_lost_mark_of_the_last_checkpoint(tmp_path):
     _three(tmp_path)
-    for content in ("", "model_0000009.pth"):
-        (tmp_path / "last_checkpoint").write_text(content)
+    for content in (b"", b"model_0000009.pth", b"\xff\xfe"):
+        (tmp_path / "last_checkpoint").write_bytes(content)
         assert _resumed(tmp_path) == 2
     (tmp_path / "last_checkpoint").unlink()
     assert _resumed(tmp_path) == 2

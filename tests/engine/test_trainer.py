@@ -210,6 +210,12 @@ def test_a_batch_that_cannot_be_split_is_refused(tiny_data, monkeypatch):
         Trainer.build_train_loader(_config(SOLVER__IMS_PER_BATCH=6))
 
 
+def test_a_grouped_batch_larger_than_the_data_is_refused(tiny_data):
+    cfg = _config(DATALOADER__SAMPLER_TRAIN="GroupedTrainingSampler", SOLVER__IMS_PER_BATCH=64)
+    with pytest.raises(UserError, match="tiny_train: a batch of 64 .* got 12: .*IMS_PER_BATCH"):
+        next(iter(Trainer.build_train_loader(cfg)))
+
+
 def test_more_classes_than_the_heads_have_are_refused(tiny_data, train_net, tmp_path):
     options = tiny.opts(OUTPUT_DIR=tmp_path, MODEL__ROI_HEADS__NUM_CLASSES=3)
     result = train_net("--config-file", tiny.CONFIG, *options)

@@ -39,6 +39,7 @@ BAD_RESULTS = {
     "NaN score": ([entry(score=NAN)], "score nan"),
     "infinite score": ([entry(score=INF)], "score inf"),
     "negative score": ([entry(score=-0.1)], "score -0.1"),
+    "score that is a logit": ([entry(score=6.3)], "score 6.3 is not a number from 0 to 1"),
     "no score": ([entry(score=...)], "has no score"),
     "NaN box": ([entry(bbox=[NAN, 1, 2, 3])], "bbox"),
     "short box": ([entry(bbox=[1, 2, 3])], "bbox"),

@@ -355,6 +355,10 @@ def _without(key):
     return lambda w: {k: v for k, v in w.items() if not k.startswith(key)}
 
 
+def _with(layer, value):
+    return lambda w: {**w, f"backbone.{layer}.weight": value}
+
+
 @pytest.mark.parametrize(
     "change, norm, message",
     [
@@ -366,6 +370,22 @@ def _without(key):
         (lambda w: {**w, "backbone.res4.1.conv1.weight": torch.ones(3)}, None, r"of shape \(3,\)"),
         (lambda w: {k: v for k, v in w.items() if ".r" not in k[12:]}, "FrozenBN", "cannot become"),
         (lambda w: {}, None, "no ResNet in it"),
+        (lambda w: {**w, 5: torch.ones(1)}, None, "has the name 5 among its weights"),
+        (_with("stem.conv1", torch.ones(())), None, r"stem.conv1.weight is of shape \(\), no conv"),
+        (_with("stem.conv1", torch.ones(64)), None, r"stem.conv1.weight is of shape \(64,\), no"),
+        (_with("stem.conv1", torch.ones(0, 3, 7, 7)), None, r"of shape \(0, 3, 7, 7\), no conv"),
+        (
+            _with("res2.0.conv2", torch.ones(64)),
+            None,
+            r"res2.0.conv2.weight is of shape \(64,\), no",
+        ),
+        (
+            _with("res2.0.conv2", torch.ones(64, 0, 3, 3)),
+            None,
+            r"of shape \(64, 0, 3, 3\), no conv",
+        ),
+        (_with("res2.0.conv2", torch.ones(2, 64, 3, 3)), None, "builds no such ResNet"),
+        (lambda w: {k: v.to("meta") for k, v in w.items()}, None, "but no values .*meta device"),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused_in_one_line(
