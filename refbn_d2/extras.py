@@ -13,6 +13,7 @@ _INSTALLED_BY: Dict[str, str] = {
     "cv2": "opencv-python-headless",
     "hotcoco": "refbn_d2[report]",
     "jinja2": "refbn_d2[report]",
+    "lvis": "lvis",
     "matplotlib": "refbn_d2[report]",
     "rich": "refbn_d2[report]",
     "scipy": "refbn_d2[report]",

@@ -92,6 +92,10 @@ SEAMS: Dict[str, Seam] = {
         "detectron2.data.datasets.coco:convert_to_coco_dict",
         "it loads a data set again, whose dicts were already read and checked",
     ),
+    "detectron2.data.datasets.pascal_voc:np": Seam(
+        "detectron2.data.datasets.pascal_voc:load_voc_instances",
+        "it uses np.str, which NumPy 1.24 and later lack",
+    ),
     "detectron2.data.build:load_proposals_into_dataset": Seam(
         "detectron2.data.build:get_detection_dataset_dicts",
         "it unpickles the file, which executes code in it",

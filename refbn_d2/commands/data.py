@@ -10,8 +10,9 @@ follow from the data. Train with this config, or use it as a _BASE_. ``show`` al
 import argparse
 import os
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 import yaml
 from detectron2.config import CfgNode
@@ -21,6 +22,7 @@ from ..config import load_config
 from ..config_files import find_config
 from ..data.sets import DataSet, load_test_set
 from ..errors import UserError, one_line_errors
+from ..evaluation.printable import printable
 from ..io.atomic import atomic_write
 
 __all__ = ["main"]
@@ -62,8 +64,10 @@ def _arguments() -> argparse.Namespace:
 def _add(args: argparse.Namespace) -> None:
     if (args.val_json is None) != (args.val_images is None):
         raise UserError("--val-json and --val-images belong together: give both or none")
+    if "/" in args.name:
+        raise UserError(f"{args.name}: the name has a slash; name another folder with --output")
     output = args.output or Path(f"{args.name}.yaml")
-    if output.exists():
+    if os.path.lexists(output):
         raise UserError(f"{output} exists already: remove it, or name another file with --output")
     parts = {f"{args.name}_train": (args.json, args.images)}
     if args.val_json:
@@ -93,13 +97,23 @@ def _add(args: argparse.Namespace) -> None:
         raise
     for name in parts:
         print("\n".join(_summary(cfg, name)))
-    print(f"wrote {output}; train with: refbn-d2 train --config-file {output}")
+    print(printable(f"wrote {output}; train with: refbn-d2 train --config-file {output}"))
 
 
 def _write(path: Path, content: Dict[str, Any]) -> None:
-    with atomic_write(str(path)) as f:
+    with _output_errors(path), atomic_write(str(path)) as f:
         f.write("# Written by refbn-d2 data add.\n")
         yaml.safe_dump(content, f, sort_keys=False)
+
+
+@contextmanager
+def _output_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise UserError(
+            f"{path} cannot be written: {e.strerror}; name another file with --output"
+        ) from None
 
 
 def _keys_of(cfg: CfgNode, names: Sequence[str]) -> Dict[str, Any]:
@@ -175,7 +189,7 @@ def _summary(cfg: CfgNode, name: str) -> List[str]:
             f"  {empty} images without objects: training leaves them out, unless "
             "DATALOADER.FILTER_EMPTY_ANNOTATIONS is False"
         )
-    return lines
+    return [printable(line) for line in lines]
 
 
 def _show(args: argparse.Namespace) -> None:
@@ -191,5 +205,6 @@ def _show(args: argparse.Namespace) -> None:
         data = load_test_set(cfg, name)
         _files_exist(data, name)
         parts.append((name, data, _summary(cfg, name), _counts(name, data)))
-    write_page(args.output, parts, args.samples)
-    print(f"wrote {args.output}")
+    with _output_errors(args.output):
+        write_page(args.output, parts, args.samples)
+    print(printable(f"wrote {args.output}"))

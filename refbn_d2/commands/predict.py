@@ -11,20 +11,27 @@ side by side: objects that only one model found in colour, objects that both fou
 import argparse
 import glob
 import json
+import os
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
 
 import cv2
 import numpy as np
-from detectron2.data import DatasetCatalog
 from detectron2.data.detection_utils import read_image
 from tqdm import tqdm
 
 from ..config import load_config
 from ..config_files import find_config
 from ..data.errors import naming_the_file
-from ..engine.predictor import Predictor, coco_results, draw, have_counterpart
+from ..engine.predictor import (
+    Predictor,
+    coco_results,
+    dicts_if_there,
+    draw,
+    have_counterpart,
+)
 from ..errors import UserError, one_line_errors
+from ..evaluation.printable import printable
 from ..io.atomic import atomic_write
 
 __all__ = ["main"]
@@ -57,20 +64,22 @@ def find_files(arguments: List[str]) -> List[Path]:
     files: Dict[Path, None] = {}
     for argument in arguments:
         path = Path(argument)
-        if path.is_dir():
+        if os.path.isdir(path):
             found = [p for p in sorted(path.iterdir()) if p.suffix.lower() in _IMAGES | _VIDEOS]
-        elif path.exists():
-            found = [path]
         else:
             found = [Path(p) for p in sorted(glob.glob(argument, recursive=True))]
+            found = [path] if os.path.lexists(path) else found
+        found = [p for p in found if p.is_file()]  # a pipe may never end
         if not found:
-            what = "has no images" if path.is_dir() else "no such file or folder"
+            what = "has no images" if os.path.lexists(path) else "no such file or folder"
             raise UserError(f"{argument}: {what}")
         files.update(dict.fromkeys(found))
     return list(files)
 
 
 def _open_video(path: Path) -> cv2.VideoCapture:
+    if printable(str(path)) != str(path):  # OpenCV crashes if a name is not UTF-8
+        raise UserError(f"{path}: OpenCV cannot open a file of this name: rename it")
     video = cv2.VideoCapture(str(path))
     if not video.isOpened():
         raise UserError(f"{path}: OpenCV cannot open this video")
@@ -122,8 +131,12 @@ def load_models(args: argparse.Namespace) -> List[Predictor]:
 
 def _image_ids(models: List[Predictor]) -> Dict[str, Any]:
     """Returns the ids of the test images by file name, so that the results can be evaluated."""
-    names = [n for n in models[0].cfg.DATASETS.TEST if n in DatasetCatalog.list()]
-    return {Path(d["file_name"]).name: d["image_id"] for n in names for d in DatasetCatalog.get(n)}
+    cfg = models[0].cfg
+    return {
+        Path(d["file_name"]).name: d["image_id"]
+        for name in cfg.DATASETS.TEST
+        for d in dicts_if_there(cfg, name)
+    }
 
 
 def _picture(
@@ -142,7 +155,7 @@ def _picture(
         shared = [have_counterpart(pair[0], pair[1]), have_counterpart(pair[1], pair[0])]
     panels = [draw(image, s, m.metadata, c) for s, m, c in zip(shown, models, shared)]
     if len(panels) > 1:
-        panels = [_titled(p, title) for p, title in zip(panels, titles)]
+        panels = [_titled(p, printable(title)) for p, title in zip(panels, titles)]
     return np.hstack(panels), found
 
 
@@ -167,8 +180,8 @@ def main() -> None:
     """Entry point.
 
     Raises:
-        UserError: if arguments are invalid; or, after all other images were processed, if images
-            cannot be read.
+        UserError: if arguments are invalid; if the output cannot be written; or, after all other
+            images were processed, if images cannot be used.
     """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -194,12 +207,19 @@ def main() -> None:
         raise UserError(f"--weights names {len(args.weights)} files: use one, or two to compare")
     files = find_files(args.images)
     models = load_models(args)
-    ids, titles = _image_ids(models), _titles(args.weights)
     try:
-        args.output.mkdir(parents=True, exist_ok=True)
+        unread = _predict(args, files, models)
     except OSError as e:
-        raise UserError(f"--output {args.output}: {e.strerror}") from None
+        file = e.filename2 or e.filename or args.output
+        raise UserError(f"{file} cannot be written: {e.strerror}; use another --output") from None
+    if unread:
+        raise UserError(f"{len(unread)} of {len(files)} files: {'; '.join(unread)}")
 
+
+def _predict(args: argparse.Namespace, files: List[Path], models: List[Predictor]) -> List[str]:
+    """Writes the pictures and the results; returns the errors of files that cannot be used."""
+    args.output.mkdir(parents=True, exist_ok=True)
+    ids, titles = _image_ids(models), _titles(args.weights)
     results: List[List[Dict[str, Any]]] = [[] for _ in models]
     unread: List[str] = []
     names: Dict[str, int] = {}
@@ -220,15 +240,15 @@ def main() -> None:
                     # Files of different folders may have the same name.
                     count = names[frame.name] = names.get(frame.name, 0) + 1
                     name = frame.name if count == 1 else f"{frame.name}_{count}"
-                    cv2.imwrite(str(args.output / f"{name}.png"), picture)
+                    content = cv2.imencode(".png", picture)[1].tobytes()
+                    (args.output / f"{name}.png").write_bytes(content)
                     bar.update()
             except UserError as e:
-                unread.append(str(e))
+                unread.append(str(e) if str(file) in str(e) else f"{file}: {e}")
     for title, entries in zip(titles, results):
         name = RESULTS if len(models) == 1 else f"{title}_{RESULTS}"
         with atomic_write(str(args.output / name)) as f:
             json.dump(entries, f)
-        print(args.output / name)
-    print(f"{sum(names.values())} pictures in {args.output}")
-    if unread:
-        raise UserError(f"{len(unread)} of {len(files)} files: {'; '.join(unread)}")
+        print(printable(str(args.output / name)))
+    print(printable(f"{sum(names.values())} pictures in {args.output}"))
+    return unread

@@ -14,6 +14,7 @@ from detectron2.structures import BoxMode
 from detectron2.utils.visualizer import Visualizer
 from PIL import Image
 
+from ..evaluation.printable import drawable
 from ..io.atomic import atomic_write
 from .errors import naming_the_file
 
@@ -50,8 +51,8 @@ def write_page(path: Path, parts: Sequence[Part], samples: int) -> None:
         )
         blocks.append("<h2>Samples</h2>")
         blocks += [_sample(name, data.dicts[n]) for n in _chosen(data, samples)]
-    with atomic_write(str(path)) as f:
-        f.write("\n".join(blocks))
+    with atomic_write(str(path), "wb") as f:
+        f.write("\n".join(blocks).encode("utf-8", "backslashreplace"))
 
 
 def _chosen(data: Any, number: int) -> List[int]:
@@ -66,7 +67,8 @@ def _chosen(data: Any, number: int) -> List[int]:
 
 
 def _drawn(d: Dict[str, Any], metadata: Metadata) -> np.ndarray:
-    visualizer = Visualizer(_read(d), metadata)
+    names = [drawable(name) for name in metadata.thing_classes]
+    visualizer = Visualizer(_read(d), Metadata(**{**metadata.as_dict(), "thing_classes": names}))
     annotations = d["annotations"]
     if len(metadata.thing_classes) > 1 or not annotations:
         return visualizer.draw_dataset_dict(d).get_image()

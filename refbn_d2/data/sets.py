@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetCatalog,
@@ -18,6 +19,7 @@ from detectron2.data.datasets import coco
 from detectron2.utils import comm
 
 from ..errors import UserError
+from ..extras import needs_extra
 from ..io.atomic import atomic_write
 from ..io.coco import is_int
 from ..upstream import exchanged
@@ -55,6 +57,8 @@ class DataSet:
 # Arguments of _load -> (state of the data sets at that time, result).
 _KEPT: Dict[Any, Tuple[Any, DataSet]] = {}
 
+_NUMPY = SimpleNamespace(loadtxt=np.loadtxt, str=str)  # what the reader of VOC uses of it
+
 
 def load_dicts(name: str, cfg: CfgNode, evaluated: bool) -> List[Dict[str, Any]]:
     """Loads the dicts of a registered data set with DatasetCatalog.get, and checks them.
@@ -69,7 +73,12 @@ def load_dicts(name: str, cfg: CfgNode, evaluated: bool) -> List[Dict[str, Any]]
         UserError: if the data set is unknown, a file is missing or invalid, or an annotation cannot
             be used. Errors of the data set's own function are not changed.
     """
-    with dataset_errors([name]), coco_files_read_once(evaluated) as read:
+    with (
+        dataset_errors([name]),
+        needs_extra(),
+        exchanged("detectron2.data.datasets.pascal_voc:np", _NUMPY),
+        coco_files_read_once(evaluated) as read,
+    ):
         dicts = DatasetCatalog.get(name)
         files = list(read)
     if not hasattr(dicts, "__len__"):

@@ -5,7 +5,7 @@ from typing import Any, Dict, List, Optional, Tuple, Union
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.engine import DefaultPredictor
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
@@ -13,12 +13,22 @@ from detectron2.structures import Instances, pairwise_iou
 from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import VisImage, Visualizer
 
+from ..data.sets import load_dicts
+from ..errors import UserError
+from ..evaluation.printable import drawable
+from ..log import get_logger
+from .launcher import check_device
 from .trainer import Trainer
 
-__all__ = ["Predictor", "coco_results", "draw", "have_counterpart"]
+__all__ = [
+    "Predictor", "coco_results", "dicts_if_there", "draw", "have_counterpart",
+]  # fmt: skip
+
+logger = get_logger(__name__)
 
 # Minimum length of the shorter side in pixels. Smaller images are enlarged to make text legible.
 _MIN_SIDE = 400
+_MAX_SIDE = 4000  # of an enlarged image
 _GREY = (0.65, 0.65, 0.65)
 
 
@@ -34,24 +44,51 @@ class Predictor(DefaultPredictor):
         metadata: Metadata of the first data set of DATASETS.TEST, with the names of the classes.
 
     Raises:
-        UserError: If the weights cannot be read or do not fit the model.
+        UserError: If the weights cannot be read or do not fit the model, or if the config has
+            another device or format of images than can be used here.
     """
 
     def __init__(self, cfg: CfgNode, weights: str):
         cfg = cfg.clone()
         cfg.defrost()
         cfg.MODEL.WEIGHTS = ""
+        if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
+            raise UserError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT}: predictions need RGB or BGR")
+        check_device(cfg.MODEL.DEVICE)
         super().__init__(cfg)
         Trainer.build_checkpointer(cfg, self.model).load_to_evaluate(weights, resume=False)
         names = cfg.DATASETS.TEST or cfg.DATASETS.TRAIN
-        if names and names[0] in DatasetCatalog.list():
-            DatasetCatalog.get(names[0])  # sets the names of its classes in the metadata
+        if names:
+            dicts_if_there(cfg, names[0])  # sets the names of its classes in the metadata
         self.metadata = MetadataCatalog.get(names[0] if names else "__unnamed")
 
     def __call__(self, original_image: np.ndarray) -> Dict[str, Any]:
-        """Returns the model's outputs on the CPU for one image, uint8 (H, W, 3) in BGR."""
+        """Returns the model's outputs on the CPU for one image, uint8 (H, W, 3) in BGR.
+
+        Raises:
+            UserError: If nothing of the image would be left at the size that the config demands.
+        """
+        height, width = original_image.shape[:2]
+        most = self.cfg.INPUT.MAX_SIZE_TEST
+        if self.cfg.INPUT.MIN_SIZE_TEST and min(height, width) * most < max(height, width) / 2:
+            raise UserError(
+                f"an image of {height} x {width} pixels (height x width) is too narrow to be "
+                f"resized to INPUT.MAX_SIZE_TEST {most}: use a larger one"
+            )
         outputs = super().__call__(original_image)
         return {k: v.to("cpu") if hasattr(v, "to") else v for k, v in outputs.items()}
+
+
+def dicts_if_there(cfg: CfgNode, name: str) -> List[Dict[str, Any]]:
+    """Loads a data set for the names of its classes and the ids of its images.
+
+    A detector can be used on a machine that does not have the data set: the result is then empty.
+    """
+    try:
+        return load_dicts(name, cfg, evaluated=False)
+    except UserError as e:
+        logger.warning("names of classes and ids of images are unknown: %s", e)
+        return []
 
 
 def coco_results(instances: Instances, image_id: int, metadata: Metadata) -> List[Dict[str, Any]]:
@@ -103,9 +140,10 @@ def draw(
         shared: Detections to draw in grey, bool (N,); None for none.
 
     Returns:
-        The drawing, uint8 (H', W', 3) in BGR. Its shorter side has at least 400 pixels.
+        The drawing, uint8 (H', W', 3) in BGR. Its shorter side has at least 400 pixels, or its
+        longer side 4000.
     """
-    scale = max(1.0, _MIN_SIDE / min(image.shape[:2]))
+    scale = max(1.0, min(_MIN_SIDE / min(image.shape[:2]), _MAX_SIDE / max(image.shape[:2])))
     visualizer = Visualizer(image[:, :, ::-1], metadata, scale)
     if "panoptic_seg" in outputs:
         drawn = visualizer.draw_panoptic_seg_predictions(*outputs["panoptic_seg"])
@@ -124,9 +162,7 @@ def _draw_instances(
     # With only one class its name has no information, and would hide small objects.
     named = [f"{names[c] if c < len(names) else c} " if len(names) != 1 else "" for c in classes]
     labels = [
-        # matplotlib would interpret text between two dollar signs as a formula
-        f"{name}{score:.0%}".replace("$", r"\$")
-        for name, score in zip(named, instances.scores.tolist())
+        f"{drawable(name)}{score:.0%}" for name, score in zip(named, instances.scores.tolist())
     ]
     # One colour for each class, or for each object if there is only one class.
     keys = classes if len(names) > 1 else range(len(classes))

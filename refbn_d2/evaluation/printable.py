@@ -2,7 +2,7 @@
 
 from typing import Optional
 
-__all__ = ["printable"]
+__all__ = ["drawable", "printable"]
 
 # Not printable by itself, but part of words in Persian and in Indian scripts, and of emoji.
 _JOINERS = "\u200c\u200d"
@@ -23,6 +23,11 @@ def printable(text: str, limit: Optional[int] = None) -> str:
         half = (limit - 1) // 2
         shown = f"{shown[:half]}…{shown[-half:]}"
     return shown
+
+
+def drawable(text: str) -> str:
+    """``text`` for matplotlib, which would read text between two dollar signs as a formula."""
+    return printable(text).replace("$", r"\$")
 
 
 def _shown(character: str) -> str:

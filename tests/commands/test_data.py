@@ -7,6 +7,7 @@ import sys
 import pytest
 import tiny
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
 
 from refbn_d2.commands import data
 from refbn_d2.config import load_config
@@ -63,13 +64,61 @@ def test_add_then_show_then_train(command, files, train_net, tmp_path):
     assert (tmp_path / "out/inference/coco_instances_results.json").exists()
 
 
-def test_names_in_the_data_are_text(command, files, tmp_path):
+@pytest.mark.parametrize("name", ["<script>alert(1)</script>", "$x_$", "\ud800", "a\nb\x1b[31m"])
+@pytest.mark.parametrize("odd_group", [["\ud800"], "\ud800", None])
+def test_names_in_the_data_are_text(command, files, tmp_path, name, odd_group):
     content = json.loads(files[1].read_text())
-    content["categories"][0]["name"] = "<script>alert(1)</script>"
+    content["categories"][0]["name"] = name
+    for image in content["images"]:
+        image["group"] = odd_group
     (tmp_path / "a.json").write_text(json.dumps(content))
     assert command("add", "mine", "--json", "a.json", *files[2:4])[0] == 0
     assert command("show", "mine", "--output", "page.html", "--samples", 1)[0] == 0
     assert not re.search("<script", (tmp_path / "page.html").read_text())
+
+
+@pytest.mark.parametrize(
+    "name, output, message",
+    [
+        ("a/b", [], "a/b: the name has a slash; name another folder with --output"),
+        ("x" * 300, [], "cannot be written: File name too long; name another file"),
+        ("mine", ["--output", "none/x.yaml"], "none/x.yaml cannot be written: No such file"),
+        ("mine", ["--output", "/proc/x.yaml"], "/proc/x.yaml cannot be written: No such file"),
+    ],
+)
+def test_a_file_that_cannot_be_written(command, files, tmp_path, name, output, message):
+    status, err = command("add", name, *files, *output)
+    assert status == 1 and err.startswith("error: ") and message in err
+    assert not any(tmp_path.iterdir())
+
+
+def test_show_without_what_it_needs(command, files, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lvis", None)
+    status, err = command("show", "lvis_v1_val", "--output", "page.html")
+    assert status == 1 and "lvis is not installed: pip install 'lvis'" in err
+    assert command("add", "mine", *files)[0] == 0
+    status, err = command("show", "mine", "--output", "none/page.html", "--samples", 0)
+    assert status == 1 and "none/page.html cannot be written: No such file" in err
+
+
+def test_show_of_pascal_voc(command, tmp_path):
+    from detectron2.data.datasets.pascal_voc import register_pascal_voc
+
+    folder = tmp_path / "VOC2007"
+    for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (folder / name).mkdir(parents=True)
+    (folder / "ImageSets/Main/val.txt").write_text("1\n2\n")
+    for n in (1, 2):
+        Image.new("RGB", (80, 60)).save(folder / f"JPEGImages/{n}.jpg")
+        box = "<xmin>11</xmin><ymin>11</ymin><xmax>30</xmax><ymax>30</ymax>"
+        (folder / f"Annotations/{n}.xml").write_text(
+            "<annotation><size><width>80</width><height>60</height></size>"
+            f"<object><name>dog</name><bndbox>{box}</bndbox></object></annotation>"
+        )
+    register_pascal_voc("mine_val", str(folder), "val", 2007)
+    status, out = command("show", "mine_val", "--output", "page.html")
+    assert status == 0, out
+    assert "mine_val: 2 images, 2 objects" in (tmp_path / "page.html").read_text()
 
 
 def test_mistakes_are_one_line_and_write_nothing(command, files, tmp_path):

@@ -1,7 +1,11 @@
 """``refbn-d2 predict``: the detections equal those of an evaluation, for every kind of image."""
 
+import functools
 import json
+import os
+import shutil
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -143,6 +147,72 @@ def test_each_frame_of_a_video(weights, tmp_path, run):
     assert len(list((tmp_path / "out").glob("clip_*.png"))) == 3
 
 
+def _cut(path):
+    video = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 5, (64, 48))
+    for _ in range(3):
+        video.write(np.zeros((48, 64, 3), np.uint8))
+    video.release()
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    "name, write, opts, message",
+    [
+        ("x.png", os.mkfifo, [], "x.png: has no images"),
+        ("x.mp4", os.mkfifo, [], "x.mp4: has no images"),
+        ("x.avi", _cut, [], "x.avi: OpenCV cannot open this video"),
+        (
+            os.fsdecode(b"\xff.avi"),
+            Path.touch,
+            [],
+            "OpenCV cannot open a file of this name: rename it",
+        ),
+        (
+            "x.png",
+            lambda p: cv2.imwrite(str(p), np.zeros((1, 3000, 3), np.uint8)),
+            [],
+            "x.png: an image of 1 x 3000 pixels (height x width) is too narrow",
+        ),
+        ("x.png", None, ["MODEL.DEVICE", "cuda"], "there is no GPU: set MODEL.DEVICE cpu"),
+        ("x.png", None, ["INPUT.FORMAT", "YUV-BT.601"], "INPUT.FORMAT is YUV-BT.601: predictions"),
+    ],
+)
+def test_what_cannot_be_predicted(
+    name, write, opts, message, weights, tiny_data, tmp_path, run, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = tmp_path / name
+    (write or functools.partial(shutil.copy, val_images(tiny_data)[0]))(path)
+    status, _, err = run("--weights", weights, "--output", tmp_path / "out", path, "--opts", *opts)
+    last = err.strip().splitlines()[-1]
+    assert status == 1 and last.startswith("error: ") and message in last
+
+
+@pytest.mark.parametrize("name", [predict.RESULTS, "000000000001.png", ""])
+def test_an_output_that_cannot_be_written(name, weights, tiny_data, tmp_path, run):
+    output = tmp_path / "out"
+    if name:
+        (output / name).mkdir(parents=True)
+    else:
+        output.touch()
+    image = shutil.copy(val_images(tiny_data)[0], tmp_path / "000000000001.jpg")
+    status, _, err = run("--weights", weights, "--output", output, image)
+    assert status == 1 and f"{output / name} cannot be written" in err and "another --output" in err
+
+
+@pytest.mark.parametrize("names", ["('coco_2017_val',)", "('voc_2007_val',)", "('none',)"])
+def test_neither_the_data_set_nor_a_name_in_utf8_is_needed(
+    names, weights, tiny_data, tmp_path, run, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    image = shutil.copy(val_images(tiny_data)[0], os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jpg"))
+    args = ("--weights", weights, "--output", "out", image, "--opts", "DATASETS.TEST", names)
+    assert run(*args)[0] == 0
+    assert len(os.listdir("out")) == 2 and json.loads(
+        (tmp_path / "out" / predict.RESULTS).read_text()
+    )
+
+
 def instances(boxes, classes):
     found = Instances((100, 100))
     found.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float).view(-1, 4))
@@ -171,7 +241,7 @@ def test_ids_of_categories_are_those_of_the_data_set():
     ]
 
 
-@pytest.mark.parametrize("name", ["$x$_{", r"\frac", "a\nb", "<b>"])
+@pytest.mark.parametrize("name", ["$x$_{", r"\frac", "a\nb", "<b>", "\ud800"])
 def test_any_name_of_a_class_can_be_drawn(name):
     meta = Metadata(thing_classes=[name, "other"])
     image = np.zeros((40, 60, 3), np.uint8)
