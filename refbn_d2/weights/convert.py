@@ -268,7 +268,7 @@ def _resnet_config(weights: Dict[str, Tensor]) -> Dict[str, int]:
     try:
         with torch.device("meta"):
             model = build_resnet_backbone(load_config("", opts), ShapeSpec(channels=stem.shape[1]))
-    except AssertionError as e:
+    except (AssertionError, UserError) as e:  # UserError: a number is out of the key's range
         raise UserError(f"detectron2 builds no such ResNet: {e}") from None
     _check_fit(weights, model.state_dict())
     defaults = load_config("").MODEL.RESNETS
