@@ -23,7 +23,8 @@ from ..config_files import find_config
 from ..errors import UserError, one_line_errors
 from ..experiments.matrix import RunSpec, load_matrix
 from ..experiments.plan import check_data, measured_rates, planned_trainings
-from ..experiments.runner import is_finished, run_matrix
+from ..experiments.runner import run_matrix
+from ..experiments.training import Training
 from .compare import add_executor, sbatch_options
 
 FULL, MINIATURE = "Matrix/table3.yaml", "Matrix/table3_miniature.yaml"
@@ -135,7 +136,7 @@ def main() -> None:
     if args.dry_run:
         return show_plan(specs, output, num_gpus, args.gpu_check)
     check_data(specs)
-    if args.executor == "slurm" and not all(is_finished(spec, output) for spec in specs):
+    if args.executor == "slurm" and not all(Training(spec).is_finished(output) for spec in specs):
         from ..experiments.slurm import submit_matrix
 
         submit_matrix(specs, output, num_gpus, options)

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, List, Mapping, Optional
 
-from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
@@ -14,7 +13,7 @@ from ..errors import UserError
 from ..io.coco import is_number
 from ..io.json import read_json
 from .matrix import RunSpec
-from .runner import is_finished, is_pretrained
+from .training import Training, trainings_of
 
 __all__ = ["PlannedTraining", "check_data", "measured_rates", "planned_trainings"]
 
@@ -87,26 +86,24 @@ def planned_trainings(
             measured: its published number is scaled by the ratio of the measured to the published
             number for the detector with BN.
     """
-    found = []
-    of_v100 = rates["BN"] / _DETECTOR_RATE if rates else 1.0
-    stages = {s.classifier_folder: (s, s.classifier) for s in specs if s.classifier}
-    for folder, (spec, classifier) in stages.items():
-        cfg = load_config(classifier, spec.classifier_opts())
+    return [_planned(training, output, rates) for training in trainings_of(specs)]
+
+
+def _planned(
+    training: Training, output: Path, rates: Optional[Mapping[str, float]]
+) -> PlannedTraining:
+    spec = training.spec
+    solver = load_config(training.config, training.opts()).SOLVER
+    if training.is_pretraining:
         what = f"pretrain {spec.pretrained}, seed {spec.classifier_seed}, and convert"
-        done = is_pretrained(spec, output)
-        rate = _CLASSIFIER_RATE[cfg.SOLVER.AMP.ENABLED] * of_v100
-        found.append(_planned(what, output / folder, cfg, rate, done))
-    for spec in specs:
-        cfg = load_config(spec.config, spec.detector_opts())
+        rate = _CLASSIFIER_RATE[solver.AMP.ENABLED]
+        rate *= rates["BN"] / _DETECTOR_RATE if rates else 1.0
+    else:
         protocol = f" ({spec.protocol})" if spec.protocol else ""
         what = f"train detector {spec.name}{protocol}, seed {spec.seed}"
         rate = rates.get(spec.norm, rates["BN"]) if rates else _DETECTOR_RATE
-        found.append(_planned(what, output / spec.folder, cfg, rate, is_finished(spec, output)))
-    return found
-
-
-def _planned(what: str, folder: Path, cfg: CfgNode, rate: float, finished: bool) -> PlannedTraining:
-    images = cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH
+    images = solver.MAX_ITER * solver.IMS_PER_BATCH
+    folder, finished = output / training.folder, training.is_finished(output)
     return PlannedTraining(what, folder, images, images / rate / 3600, finished)
 
 

@@ -12,10 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional
 
 import torch
-from detectron2.data import MetadataCatalog
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -25,25 +24,15 @@ from ..errors import UserError
 from ..io.lock import folder_lock, holder
 from ..weights.convert import convert
 from .matrix import RunSpec
-from .records import BACKBONE, PRETRAINING, RUN, last_metrics, read_record, seed_lock, write_record
+from .records import BACKBONE, last_metrics, read_record, seed_lock, write_record
+from .training import Training, trainings_of
 
-__all__ = ["is_finished", "is_pretrained", "prepare", "record_of", "run_matrix", "run_stages"]
-__all__ += ["seed_locks"]
+__all__ = ["prepare", "run_matrix", "run_trainings", "seed_locks"]
 
+_GPUS = "CUDA_VISIBLE_DEVICES"
 # By default glibc returns the memory of large tensors to the system, which then clears it again in
 # every step. On a CPU that takes a tenth of the time. 32 MB is the largest threshold of glibc.
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
-
-
-def is_pretrained(spec: RunSpec, output: Path) -> bool:
-    """Whether the backbone from which a run starts has been trained and converted."""
-    return (output / spec.classifier_folder / BACKBONE).exists()
-
-
-def is_finished(spec: RunSpec, output: Path) -> bool:
-    """Whether a run has been trained and evaluated."""
-    file = output / spec.folder / RUN
-    return file.exists() and read_record(file).get("status") == "finished"
 
 
 class _Failed(Exception):
@@ -57,11 +46,8 @@ class _Stopped(Exception):
 class _Runner:
     def __init__(self, output: Path, num_gpus: int, jobs: int, progress: Progress):
         self._output, self._num_gpus, self._progress = output, num_gpus, progress
-        # A job of SLURM may have fewer cores than its machine.
-        cores = int(os.environ.get("SLURM_CPUS_ON_NODE") or os.cpu_count() or 1)
         # By PARENT, child processes end when this process ends, even if it is killed.
         self._env = {**_KEEP_MEMORY, **os.environ, PARENT: str(os.getpid())}
-        self._env["OMP_NUM_THREADS"] = str(max(1, cores // jobs))
         self._gpus = _gpu_sets(num_gpus, jobs)
         self._children: List[subprocess.Popen] = []
         self._stop = threading.Event()
@@ -72,19 +58,61 @@ class _Runner:
             if child.poll() is None:
                 child.terminate()
 
-    def _train(self, command: str, config: str, folder: Path, opts: List[str], label: str) -> None:
-        """Runs ``refbn-d2 train`` or ``classify`` in a new process and waits for its end."""
+    def run(self, training: Training, threads: int) -> Dict[str, Any]:
+        """Runs a training, unless it is finished; returns its record, with the reason if it fails.
+
+        Args:
+            training: Training to run.
+            threads: Number of its CPU threads.
+        """
+        file = self._output / training.record_file
+        before = read_record(file) if file.exists() else {}
+        if training.is_finished(self._output):
+            return {**before, "status": "finished"}
+        record = training.record()
+        if self._stop.is_set():
+            return {**record, "status": "interrupted"}
+        seconds = before.get("seconds", 0.0)  # of earlier attempts
+        write_record(file, {**record, "status": "running", "seconds": seconds})
+        begin = time.monotonic()
+        try:
+            self._train(training, threads)
+            record["status"] = "finished"
+        except (_Failed, _Stopped, UserError) as e:
+            if isinstance(e, _Stopped) or self._stop.is_set():
+                error = "stopped; the same command goes on from the last checkpoint"
+                record.update(status="interrupted", error=error)
+            else:
+                record.update(status="failed", error=str(e))
+        record["seconds"] = round(seconds + time.monotonic() - begin, 1)
+        write_record(file, record)
+        return record
+
+    def _train(self, training: Training, threads: int) -> None:
+        """Trains in a new process with ``refbn-d2 train`` or ``classify``; converts a backbone."""
+        folder, opts = self._output / training.folder, training.opts()
+        start = training.pretraining
+        if start:
+            if not start.is_finished(self._output):
+                error = read_record(self._output / start.record_file).get("error", "did not finish")
+                raise _Failed(f"pretraining failed: {error}")
+            opts += ["MODEL.WEIGHTS", str(self._output / start.folder / BACKBONE)]
         device = [] if self._num_gpus else ["MODEL.DEVICE", "cpu"]
-        arguments = ["--config-file", config, "--num-gpus", str(self._num_gpus), "--resume"]
-        arguments += ["OUTPUT_DIR", str(folder), *device, *opts]
-        task = self._progress.add_task(label, total=load_config(config, opts).SOLVER.MAX_ITER)
+        arguments = ["classify" if training.is_pretraining else "train"]
+        arguments += ["--config-file", training.config, "--num-gpus", str(self._num_gpus)]
+        arguments += ["--resume", "OUTPUT_DIR", str(folder), *device, *opts]
+        total = load_config(training.config, opts).SOLVER.MAX_ITER
+        task = self._progress.add_task(training.label, total=total)
         gpus = self._gpus.get()
         try:
             self._wait_until_free(folder)
-            self._command(folder, [command, *arguments], gpus, task)
+            env = {**self._env, "OMP_NUM_THREADS": str(threads)}
+            self._command(folder, arguments, env if gpus is None else {**env, _GPUS: gpus}, task)
         finally:
             self._gpus.put(gpus)
             self._progress.remove_task(task)
+        if training.is_pretraining:
+            convert(str(folder / "model_final.pth"), str(folder / BACKBONE))
 
     def _wait_until_free(self, folder: Path) -> None:
         """Waits for a child of an earlier, killed call, which may still write its checkpoint."""
@@ -97,7 +125,7 @@ class _Runner:
         if self._stop.is_set():
             raise _Stopped
 
-    def _command(self, folder: Path, arguments: List[str], gpus: Optional[str], task) -> None:
+    def _command(self, folder: Path, arguments: List[str], env: Dict[str, str], task) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / "console.txt"
         with open(log, "a") as f:
@@ -107,7 +135,7 @@ class _Runner:
                 stdin=subprocess.DEVNULL,
                 stdout=f,
                 stderr=subprocess.STDOUT,
-                env={**self._env, **({} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus})},
+                env=env,
             )
             self._children.append(child)
             if self._stop.is_set():  # stop() may not have seen this child
@@ -123,68 +151,11 @@ class _Runner:
         if child.returncode != 0:
             raise _Failed(f"{_reason(child.returncode, log, begin)} (see {log})")
 
-    def pretrain(self, spec: RunSpec) -> Dict[str, Any]:
-        """Pretrains and converts what a detector starts from; returns the record of it."""
-        folder = self._output / spec.classifier_folder
-        classifier = _classifier(spec)
-        record = _pretraining_record(spec)
-        if is_pretrained(spec, self._output):
-            return {**record, "status": "finished"}
-
-        def work() -> None:
-            label = f"pretraining {spec.pretrained}, seed {spec.classifier_seed}"
-            self._train("classify", classifier, folder, spec.classifier_opts(), label)
-            convert(str(folder / "model_final.pth"), str(folder / BACKBONE))
-
-        return self._recorded(folder / PRETRAINING, record, work)
-
-    def detect(self, spec: RunSpec) -> Dict[str, Any]:
-        """Trains and evaluates a detector; returns its record."""
-        folder = self._output / spec.folder
-        if is_finished(spec, self._output):
-            return read_record(folder / RUN)
-
-        def work() -> None:
-            opts = spec.detector_opts()
-            if spec.classifier:
-                pretraining = self._output / spec.classifier_folder
-                if not is_pretrained(spec, self._output):
-                    error = read_record(pretraining / PRETRAINING).get("error", "did not finish")
-                    raise _Failed(f"pretraining failed: {error}")
-                opts += ["MODEL.WEIGHTS", str(pretraining / BACKBONE)]
-            protocol = f"{spec.protocol}, " if spec.protocol else ""
-            label = f"{protocol}{spec.name}, batch {spec.ims_per_batch}, grouping {spec.grouping:g}"
-            self._train("train", spec.config, folder, opts, f"{label}, seed {spec.seed}")
-
-        return self._recorded(folder / RUN, record_of(spec), work)
-
-    def _recorded(
-        self, file: Path, record: Dict[str, Any], work: Callable[[], None]
-    ) -> Dict[str, Any]:
-        """Calls ``work``; writes its outcome and the total time of all attempts to ``file``."""
-        if self._stop.is_set():
-            return {**record, "status": "interrupted"}
-        seconds = read_record(file).get("seconds", 0.0) if file.exists() else 0.0
-        write_record(file, {**record, "status": "running", "seconds": seconds})
-        begin = time.monotonic()
-        try:
-            work()
-            record["status"] = "finished"
-        except (_Failed, _Stopped, UserError) as e:
-            if isinstance(e, _Stopped) or self._stop.is_set():
-                error = "stopped; the same command goes on from the last checkpoint"
-                record.update(status="interrupted", error=error)
-            else:
-                record.update(status="failed", error=str(e))
-        record["seconds"] = round(seconds + time.monotonic() - begin, 1)
-        write_record(file, record)
-        return record
-
 
 def _gpu_sets(num_gpus: int, jobs: int) -> "queue.Queue[Optional[str]]":
     """Returns a queue with CUDA_VISIBLE_DEVICES for each simultaneous run; None if unchanged."""
     sets: "queue.Queue[Optional[str]]" = queue.Queue()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = os.environ.get(_GPUS)
     gpus = visible.split(",") if visible else [str(n) for n in range(torch.cuda.device_count())]
     if jobs * num_gpus > len(gpus):
         raise UserError(
@@ -231,37 +202,6 @@ def _reason(status: int, log: Path, begin: int) -> str:
     return (errors or lines or ["no output"])[-1]
 
 
-def record_of(spec: RunSpec) -> Dict[str, Any]:
-    """Returns the content of a run's ``run.json`` without its status and time."""
-    cfg = load_config(spec.config, spec.detector_opts())
-    if not cfg.DATASETS.TEST:
-        raise UserError(f"{spec.name}: DATASETS.TEST is empty: a run of a matrix is evaluated")
-    metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
-    return {
-        "name": spec.name,
-        "norm": spec.norm,
-        "seed": spec.seed,
-        "ims_per_batch": spec.ims_per_batch,
-        "grouping": spec.grouping,
-        **({"protocol": spec.protocol} if spec.protocol else {}),
-        **({} if spec.pretraining_seed is None else {"pretraining_seed": spec.pretraining_seed}),
-        "gt": metadata.get("json_file"),
-        "image_root": metadata.get("image_root"),
-        "iterations": cfg.SOLVER.MAX_ITER,
-        "settings": spec.settings(),
-    }
-
-
-def _classifier(spec: RunSpec) -> str:
-    assert spec.classifier is not None  # callers have checked that the run has a pretraining
-    return spec.classifier
-
-
-def _pretraining_record(spec: RunSpec) -> Dict[str, Any]:
-    cfg = load_config(_classifier(spec), spec.classifier_opts())
-    return {"iterations": cfg.SOLVER.MAX_ITER, "settings": spec.settings()}
-
-
 def run_matrix(
     specs: List[RunSpec], output: Path, num_gpus: int, jobs: int
 ) -> List[Dict[str, Any]]:
@@ -285,8 +225,10 @@ def run_matrix(
             runs one of the seeds in it, or if there are not enough GPUs.
     """
     _gpu_sets(num_gpus, jobs)  # raises an error for too few GPUs, before anything is written
+    trainings = trainings_of(specs)
     with seed_locks(specs, output):
-        return run_stages(prepare(specs, output), specs, output, num_gpus, jobs)
+        prepare(trainings, output)
+        return run_trainings(trainings, output, num_gpus, jobs)[-len(specs) :]
 
 
 @contextmanager
@@ -302,54 +244,43 @@ def seed_locks(specs: List[RunSpec], output: Path) -> Iterator[None]:
         yield
 
 
-def prepare(specs: List[RunSpec], output: Path) -> List[RunSpec]:
-    """Records the unfinished runs as queued.
+def prepare(trainings: List[Training], output: Path) -> None:
+    """Records the unfinished trainings as queued.
 
     Args:
-        specs: Runs of the matrix.
+        trainings: Trainings of the matrix.
         output: Output folder of the matrix.
 
-    Returns:
-        For each unfinished pretraining, one of the runs that start from it.
-
     Raises:
-        UserError: If ``output`` contains one of the runs with other settings.
+        UserError: If ``output`` contains one of them with other settings; nothing is written then.
     """
-    records = {output / spec.folder / RUN: record_of(spec) for spec in specs}
-    stages = {spec.classifier_folder: spec for spec in specs if spec.classifier}
-    records.update(
-        {output / folder / PRETRAINING: _pretraining_record(s) for folder, s in stages.items()}
-    )
-    before = {file: read_record(file) for file in records if file.exists()}
-    for file, found in before.items():
-        settings = records[file]["settings"]
-        keys = settings if file.name == RUN else ["pretraining"]
-        if not isinstance(found.get("settings"), dict) or any(
-            found["settings"].get(k) != settings[k] for k in keys
+    queued = {}
+    for training in trainings:
+        file, record = output / training.record_file, training.record()
+        before = read_record(file) if file.exists() else {}
+        settings = before.get("settings", {} if before else record["settings"])
+        if not isinstance(settings, dict) or any(
+            settings.get(key) != value for key, value in record["settings"].items()
         ):
             raise UserError(f"{file.parent} holds a run of another config: choose another --output")
-    todo = [spec for spec in stages.values() if not is_pretrained(spec, output)]
-    for file, record in records.items():
-        found = before.get(file, {})
-        done = found.get("status") == "finished" or (file.parent / BACKBONE).exists()
-        if not done:
-            seconds = found.get("seconds", 0.0)
-            write_record(file, {**record, "status": "queued", "seconds": seconds})
-    return todo
+        if not training.is_finished(output):
+            seconds = before.get("seconds", 0.0)
+            queued[file] = {**record, "status": "queued", "seconds": seconds}
+    for file, record in queued.items():
+        write_record(file, record)
 
 
-def run_stages(
-    pretrainings: List[RunSpec], specs: List[RunSpec], output: Path, num_gpus: int, jobs: int
+def run_trainings(
+    trainings: List[Training], output: Path, num_gpus: int, jobs: int
 ) -> List[Dict[str, Any]]:
-    """Pretrains, then trains detectors; as :func:`run_matrix`, without its locks and checks.
+    """Runs pretrainings, then detectors; as :func:`run_matrix`, without its locks and checks.
 
     Args:
-        pretrainings: Runs whose pretraining is to be trained.
-        specs: Runs whose detector is to be trained.
+        trainings: Trainings to run, with the pretrainings first.
         output, num_gpus, jobs: As in :func:`run_matrix`.
 
     Returns:
-        The records of the detectors.
+        The record of each training.
     """
     console = Console(stderr=True)
     columns = (
@@ -358,26 +289,31 @@ def run_stages(
         MofNCompleteColumn(),
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
     )
+    # A job of SLURM may have fewer cores than its machine.
+    cores = int(os.environ.get("SLURM_CPUS_ON_NODE") or os.cpu_count() or 1)
     with Progress(*columns, console=console) as progress:
         runner = _Runner(output, num_gpus, jobs, progress)
-        overall = progress.add_task("all runs", total=len(specs) + len(pretrainings))
+        overall = progress.add_task("all runs", total=len(trainings))
 
-        def pretrain(spec: RunSpec) -> None:
-            runner.pretrain(spec)
-            progress.advance(overall)
+        def run_all(stage: List[Training]) -> List[Dict[str, Any]]:
+            threads = max(1, cores // max(1, min(jobs, len(stage))))
 
-        def detect(spec: RunSpec) -> Dict[str, Any]:
-            record = runner.detect(spec)
-            progress.advance(overall)
-            _say(console, f"{record['status']}: {spec.folder} {record.get('error', '')}")
-            return record
+            def run(training: Training) -> Dict[str, Any]:
+                record = runner.run(training, threads)
+                progress.advance(overall)
+                error = record.get("error", "")
+                _say(console, f"{record['status']}: {training.folder} {error}")
+                return record
+
+            return list(pool.map(run, stage))
 
         previous = handle(_stopped)
         try:
             with ThreadPoolExecutor(jobs) as pool:
                 try:
-                    list(pool.map(pretrain, pretrainings))
-                    return list(pool.map(detect, specs))
+                    # Detectors start from the result of a pretraining.
+                    first = run_all([t for t in trainings if t.is_pretraining])
+                    return first + run_all([t for t in trainings if not t.is_pretraining])
                 except BaseException:
                     runner.stop()  # the pool waits until the children have saved
                     raise

@@ -6,14 +6,15 @@ import subprocess
 import sys
 from os import environ
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Set
+from typing import Any, Dict, List, Mapping, Optional
 
 from ..errors import UserError
 from ..extras import needs_extra
 from .matrix import RunSpec
-from .records import JOB, PRETRAINING, RUN, read_record, write_record
-from .runner import is_finished, prepare, run_stages, seed_locks
+from .records import JOB, read_record, write_record
+from .runner import prepare, run_trainings, seed_locks
 from .status import JOBS, is_live, job_of, scheduler
+from .training import Training, trainings_of
 
 __all__ = ["submit_matrix"]
 
@@ -49,10 +50,9 @@ def submit_matrix(
     output = output.resolve()
     executor = SlurmExecutor(output / JOBS, python=f"exec {shlex.quote(sys.executable)}")
 
-    def submit(spec: RunSpec, pretraining: bool, after: Optional[str]) -> str:
-        folder = output / (spec.classifier_folder if pretraining else spec.folder)
+    def submit(training: Training, after: Optional[str]) -> str:
         executor.update_parameters(
-            job_name="-".join(folder.relative_to(output).parts),
+            job_name="-".join(training.folder.parts),
             time=None,  # the default of the partition; that of submitit is 5 minutes
             use_srun=False,
             stderr_to_stdout=True,
@@ -65,50 +65,50 @@ def submit_matrix(
             },
         )
         try:
-            job = executor.submit(_run, spec, output, num_gpus, pretraining).job_id
+            job = executor.submit(_run, training, output, num_gpus).job_id
         except FailedJobError as e:
             lines = [x for x in str(e).splitlines() if x.startswith("sbatch: ")]
             raise UserError("; ".join(lines) or str(e)) from None
-        write_record(folder / JOB, {"job": job})
+        write_record(output / training.folder / JOB, {"job": job})
         return job
 
+    trainings = trainings_of(specs)
     with seed_locks(specs, output):
-        folders = [output / f for s in specs for f in (s.folder, s.classifier_folder)]
-        live = _live(folders)
-        todo = [spec for spec in specs if output / spec.folder not in live]
-        jobs: Dict[Path, Optional[str]] = {}
-        for spec in prepare(todo, output):
-            folder = output / spec.classifier_folder
-            jobs[folder] = job_of(folder) if folder in live else submit(spec, True, None)
-        unfinished = [spec for spec in todo if not is_finished(spec, output)]
-        for spec in unfinished:
-            submit(spec, False, jobs.get(output / spec.classifier_folder))
+        jobs = _live_jobs(trainings, output)
+        todo = [t for t in trainings if t.folder not in jobs]
+        prepare(todo, output)
+        unfinished = [t for t in todo if not t.is_finished(output)]
+        for training in unfinished:
+            before = training.pretraining
+            jobs[training.folder] = submit(training, jobs.get(before.folder) if before else None)
     print(
-        f"{len(specs)} runs: {len(todo) - len(unfinished)} finished, {len(specs) - len(todo)} "
-        f"submitted before, {len(unfinished)} submitted now\n"
+        f"{len(specs)} runs: {_runs(todo) - _runs(unfinished)} finished, "
+        f"{len(specs) - _runs(todo)} submitted before, {_runs(unfinished)} submitted now\n"
         f"refbn-d2 compare status {shlex.quote(str(output))}"
     )
 
 
-def _live(folders: List[Path]) -> Set[Path]:
-    """Returns the folders whose job waits or runs."""
-    jobs = {folder: job for folder in folders if (job := job_of(folder))}
+def _runs(trainings: List[Training]) -> int:
+    return sum(not training.is_pretraining for training in trainings)
+
+
+def _live_jobs(trainings: List[Training], output: Path) -> Dict[Path, str]:
+    """Returns the folders of the trainings whose job waits or runs, with the id of the job."""
+    jobs = {t.folder: job for t in trainings if (job := job_of(output / t.folder))}
     found = scheduler(jobs.values())
-    return {folder for folder, job in jobs.items() if is_live(found.get(job))}
+    return {folder: job for folder, job in jobs.items() if is_live(found.get(job))}
 
 
-def _run(spec: RunSpec, output: Path, num_gpus: int, pretraining: bool) -> None:
-    """Function of a job: runs one pretraining, or trains one detector.
+def _run(training: Training, output: Path, num_gpus: int) -> None:
+    """Function of a job: runs one training.
 
     Raises:
         SystemExit: If it failed (1), or was stopped by a signal (128 + signal).
     """
-    folder = output / (spec.classifier_folder if pretraining else spec.folder)
-    record = folder / (PRETRAINING if pretraining else RUN)
+    folder, record = output / training.folder, output / training.record_file
     before = _last_checkpoint(folder)
-    stages = ([spec], []) if pretraining else ([], [spec])
     try:
-        run_stages(*stages, output, num_gpus, jobs=1)
+        run_trainings([training], output, num_gpus, jobs=1)
     except SystemExit:
         _queue_again(record, before != _last_checkpoint(folder))
         raise

@@ -156,8 +156,8 @@ def _seconds(runs: Iterable[Run]) -> Optional[float]:
 def _outlook(progress: Progress, left: int, seconds: Optional[float], jobs: int) -> str:
     """Describes the undecided comparisons, and the runs and time until the next look."""
     names = ", ".join(progress.open) or "everything"
-    text = f"Open: {names}. Next look at {progress.wanted} runs a norm: {left} more"
+    text = f"Open: {names}. Next look at {progress.wanted} runs per norm: {left} more"
     if seconds is None:
         return f"{text}."
     total = timedelta(seconds=round(seconds * math.ceil(left / jobs)))
-    return f"{text}, about {total} (h:mm:ss) by the {seconds:.0f} s that a run has taken."
+    return f"{text}, about {total} (h:mm:ss) at {seconds:.0f} s per run."

@@ -12,7 +12,7 @@ from refbn_d2.errors import UserError
 from refbn_d2.evaluation.sequential import Plan
 from refbn_d2.experiments import until_decided
 from refbn_d2.experiments.matrix import load_matrix
-from refbn_d2.experiments.runner import record_of
+from refbn_d2.experiments.training import Training
 from refbn_d2.experiments.until_decided import run_until_decided
 
 BASE = str(tiny.ROOT / "configs/Quick/Base-mask_rcnn_R_50_C4_quick.yaml")
@@ -60,7 +60,12 @@ def train(tmp_path, monkeypatch):
             if not results.exists():
                 run.trained.append((spec.name, spec.seed))
             results.write_text(json.dumps(detections))
-            record = {**record_of(spec), "status": "finished", "seconds": 60.0, "gt": str(gt)}
+            record = {
+                **Training(spec).record(),
+                "status": "finished",
+                "seconds": 60.0,
+                "gt": str(gt),
+            }
             (folder / "run.json").write_text(json.dumps(record))
             records.append(record)
             if len(run.trained) == run.stop_after:
@@ -79,9 +84,9 @@ def test_only_what_is_open_gets_more_seeds(tmp_path, specs, train, capsys):
     assert set(train.trained) == expected and len(train.trained) == len(expected)
     assert progress.finished and progress.decided["broken"].runs == 3
     out = capsys.readouterr().out
-    assert "Open: everything. Next look at 3 runs a norm: 9 more." in out
+    assert "Open: everything. Next look at 3 runs per norm: 9 more." in out
     # Six runs, two at a time, a minute each.
-    assert "Open: RefBN. Next look at 6 runs a norm: 6 more, about 0:03:00" in out
+    assert "Open: RefBN. Next look at 6 runs per norm: 6 more, about 0:03:00" in out
 
 
 @pytest.mark.parametrize("stop_after", [1, 12])
