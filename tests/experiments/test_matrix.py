@@ -172,11 +172,12 @@ def test_a_missing_or_malformed_matrix(tmp_path):
         load_matrix(str(tmp_path / "bad.yaml"))
 
 
-def test_run_skips_what_is_finished_and_survives_what_fails(tmp_path):
+def test_run_skips_what_is_finished_and_survives_what_fails(tmp_path, tiny_data):
     """One run works, one has an impossible option; the second call has nothing left but that."""
-    small = ["SOLVER.MAX_ITER", 2, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 8]
-    small += ["INPUT.MIN_SIZE_TRAIN", "(32,)", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 4]
-    small += ["TEST.DETECTIONS_PER_IMAGE", 1, "INPUT.MIN_SIZE_TEST", 32]
+    sets = {
+        f"DATASETS__{k}": f"('coco_2017_{v}',)" for k, v in (("TRAIN", "train"), ("TEST", "val"))
+    }
+    small = tiny.opts(**sets, SOLVER__MAX_ITER=2)
     norms = [
         {"name": "works", "norm": "RefBN"},
         {"name": "fails", "norm": "RefBN", "opts": ["DATASETS.TRAIN", "('no_such_set',)"]},
@@ -186,13 +187,16 @@ def test_run_skips_what_is_finished_and_survives_what_fails(tmp_path):
         f'_BASE_: "{CLASSIFIER}"\n'
         "SOLVER: {MAX_ITER: 1, IMS_PER_BATCH: 4}\nDATASETS: {TEST: ()}\n"
     )
-    matrix = _matrix(tmp_path, NORMS=norms, OPTS=small, CLASSIFIER="classifier.yaml")
+    width = [x for k, v in tiny.SMALL.items() if k.startswith("MODEL.RESNETS") for x in (k, v)]
+    fixed = {"NORMS": norms, "CLASSIFIER": "classifier.yaml", "CLASSIFIER_OPTS": width}
+    matrix = _matrix(tmp_path, OPTS=small, **fixed)
     output = tmp_path / "out"
     command = [sys.executable, str(tiny.ROOT / "tools/compare.py"), "run", matrix]
     command += ["--output", str(output), "--jobs", "2"]
 
     def run():
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        env = tiny.environment(DETECTRON2_DATASETS=str(tiny_data))
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
 
     first = run()
     assert first.returncode == 1 and "1 of 2 runs did not finish" in first.stderr
@@ -209,8 +213,7 @@ def test_run_skips_what_is_finished_and_survives_what_fails(tmp_path):
     runs = {run.name: run.error for run in find_runs(output)}
     assert set(runs) == {"works", "fails"} and not runs["works"] and "no_such_set" in runs["fails"]
 
-    opts = [*small, "SOLVER.BASE_LR", 0.01]
-    _matrix(tmp_path, NORMS=norms, OPTS=opts, CLASSIFIER="classifier.yaml")
+    _matrix(tmp_path, OPTS=[*small, "SOLVER.BASE_LR", 0.01], **fixed)
     third = run()
     assert third.returncode == 1 and "a run of another config" in third.stderr
     assert results.stat().st_mtime_ns == before
