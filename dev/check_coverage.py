@@ -324,7 +324,7 @@ def print_looks(repetitions: int) -> None:
     one = (pair((12, 12), (1.5, 1.5)),)
     six = (pair((12,) * 7, (1.5,) * 7),)
     no_effect = Report("no difference, spread 1.5", one)
-    print(f"\nLooks at {plan.looks} runs a norm, margin {plan.margin}:\n")
+    print(f"\nLooks at {plan.looks} runs per norm, margin {plan.margin}:\n")
     print("| true difference | better or worse | practically the same | mean runs |")
     print("|---|---|---|---|")
     for report in (

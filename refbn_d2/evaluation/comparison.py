@@ -242,8 +242,8 @@ def _shared_pretraining(runs: Sequence[Run]) -> List[str]:
         return []
     named = ", ".join(map(str, seeds))
     return [
-        f"Runs of all seeds start from one pretraining (seed {named}): verdicts are about "
-        "detectors that start from it. Intervals leave out what another pretraining would change."
+        f"The runs of all seeds start from one pretraining (seed {named}). The verdicts hold for "
+        "detectors that start from it; the intervals do not cover the choice of the pretraining."
     ]
 
 

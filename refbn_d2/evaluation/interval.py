@@ -78,6 +78,7 @@ from ..errors import UserError
 __all__ = [
     "CONFIDENCE",
     "EFFECT",
+    "LARGEST",
     "MARGIN",
     "PAIRED_FROM",
     "POWER",
@@ -96,6 +97,7 @@ CONFIDENCE = 0.95
 POWER = 0.8
 EFFECT = 0.5  # AP, the paper's claim
 MARGIN = 0.5  # AP; smaller differences count as none in practice
+LARGEST = 100.0  # difference of two APs, in percent
 MAX_SEEDS = 10_000
 MAX_RESAMPLES = 100_000
 # Runs of each norm from which those with the same seed are paired. With fewer, the interval would
@@ -197,6 +199,8 @@ class Difference:
     ) -> Optional[Interval]:
         """The interval of the difference of the norms; None if there is none.
 
+        A difference of two APs lies within +-100, so the interval ends there, too.
+
         Args:
             confidence: Confidence of the interval, or of all simultaneous intervals together.
             simultaneous: Whether to correct for ``comparisons`` (Bonferroni).
@@ -216,7 +220,7 @@ class Difference:
             return self.delta, self.delta
         tail = (1 - confidence) / 2 / (self.comparisons if simultaneous else 1)
         reach = float(-special.stdtrit(df, tail)) * se
-        return self.delta - reach, self.delta + reach
+        return max(self.delta - reach, -LARGEST), min(self.delta + reach, LARGEST)
 
     @property
     def ci95(self) -> Optional[Interval]:

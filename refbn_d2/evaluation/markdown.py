@@ -35,7 +35,7 @@ def markdown(comparison: Comparison, notes: Sequence[str] = ()) -> str:
         comparison: Result of ``comparison.compare``.
         notes: Sentences about what the report could not show.
     """
-    sections = [f"# {_plain(comparison.baseline)} against other norms", _bullets(comparison)]
+    sections = [f"# Norms compared with {_plain(comparison.baseline)}", _bullets(comparison)]
     sections.append(_table(comparison))
     if len(comparison.differences):
         sections += ["## p-values", _p_table(comparison)]
@@ -99,7 +99,7 @@ def _p_table(comparison: Comparison) -> str:
             d = comparison.differences[label][t][m]
             cells.append(f"{p_value(d.p)} ({p_value(d.p_adjusted)})")
         rows.append([label, *cells])
-    caption = "Not corrected, and in brackets for all comparisons of one metric (Bonferroni).\n\n"
+    caption = "In brackets after Bonferroni's correction for the comparisons of one metric.\n\n"
     return caption + _rows(["norm", *_titles(comparison)], rows)
 
 
@@ -107,8 +107,8 @@ def _paper_table() -> str:
     header = ["norm"] + [f"{m} {t}" for t in ("box", "mask") for m in ("AP", "AP50", "AP75")]
     rows = [[name, *map(number, values)] for name, values in PAPER_TABLE.items()]
     return (
-        "Mask R-CNN, ResNet-50-C4, COCO 2017, single runs, as published. Another training budget "
-        "and perhaps another data set than above: to be read beside it, not against it.\n\n"
+        "Mask R-CNN, ResNet-50-C4, COCO 2017, single runs, as published. The training, and perhaps "
+        "the data, differ from those above, so the numbers are not directly comparable.\n\n"
     ) + _rows(header, rows)
 
 

@@ -37,7 +37,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.max_seeds < 2:
-            raise UserError(f"--max-seeds {self.max_seeds}: at least 2 runs a norm show a spread")
+            raise UserError(f"--max-seeds {self.max_seeds}: at least 2 runs per norm show a spread")
         if not self.margin > 0:
             raise UserError(f"--margin {self.margin}: must be a number above 0")
 
@@ -125,7 +125,7 @@ def next_look(
     first = plan.looks[0]
     if not counts or min(counts) < first:
         missing = sum(max(first - count, 0) for count in counts)
-        text = f"Nothing can be said before {first} runs a norm."
+        text = f"Nothing can be said before {first} runs per norm."
         return Progress({}, [], first, missing, [text])
     comparison = compare(
         runs, gt_path, iou_types, baseline, resamples, seed, advance,
@@ -169,7 +169,7 @@ def _line(comparison: Comparison, label: str, verdict: Verdict, plan: Plan, look
     within = f", within ±{plan.margin:g}" if same else ""
     text = (
         f"{MARKS[verdict]} {label} against {comparison.baseline}, {TITLES[comparison.primary]} AP: "
-        f"{verdict.value} after {look} runs a norm, {signed(d.delta)} {bounds(ends)}{within}."
+        f"{verdict.value} after {look} runs per norm, {signed(d.delta)} {bounds(ends)}{within}."
     )
     later = [k for k in plan.looks if k > look]
     if verdict is Verdict.UNDECIDED and later:

@@ -5,7 +5,7 @@ from typing import Dict, List, Optional, Tuple
 
 from .ap import METRICS
 from .comparison import Comparison
-from .interval import CONFIDENCE, EFFECT, PAIRED_FROM, Difference, RunsNeeded, Verdict
+from .interval import CONFIDENCE, EFFECT, LARGEST, PAIRED_FROM, Difference, RunsNeeded, Verdict
 
 __all__ = [
     "MARKS", "PAPER_TABLE", "SEEDS_LEAD", "TITLES", "bounds", "columns", "interval", "model_text",
@@ -92,11 +92,13 @@ def verdict_text(comparison: Comparison, label: str) -> str:
         )
     ends = d.interval(simultaneous=True)
     if verdict is Verdict.UNDECIDED:
-        excluded = (
-            f" Effects beyond {signed(ends[0], 1)} and {signed(ends[1], 1)} AP are excluded."
-            if ends
-            else ""
-        )
+        excluded = ""
+        if ends == (-LARGEST, LARGEST):
+            excluded = " These runs exclude no difference; train more of them."
+        elif ends:
+            excluded = (
+                f" Effects beyond {signed(ends[0], 1)} and {signed(ends[1], 1)} AP are excluded."
+            )
         return f"Undecided whether {label} differs from {base} in {ap}: {found}.{excluded}"
     text = f"{label} is {verdict.value} than {base} in {ap}: {found}."
     if ends and max(map(abs, ends)) < comparison.margin:
@@ -108,19 +110,19 @@ def _one_run_text(d: Difference, label: str, base: str, ap: str) -> str:
     ends = d.checkpoint_interval(simultaneous=True)
     differ = ends is not None and not ends[0] <= 0 <= ends[1]
     what = "two checkpoints" if d.runs == (1, 1) else "checkpoints"
-    who = "One run each" if d.runs == (1, 1) else f"One run of {base if d.runs[0] == 1 else label}"
+    who = "each has" if d.runs == (1, 1) else f"{base if d.runs[0] == 1 else label} has"
     return (
-        f"{label} against {base} is undecided. {who}: these {what} "
-        f"{'differ' if differ else 'cannot be told apart'} in {ap}, {signed(d.delta)} "
-        f"{bounds(ends)} by image sampling alone, but what another training seed would give is "
-        "unknown from one run. Train at least 3 runs a norm."
+        f"Undecided whether {label} differs from {base}, because {who} one run. These {what} "
+        f"{'differ' if differ else 'do not differ measurably'} in {ap}: {signed(d.delta)} "
+        f"{bounds(ends)}. This interval covers image sampling only; how much AP varies between "
+        "training seeds is unknown. Train at least 3 runs per norm."
     )
 
 
 SEEDS_LEAD = (
-    "Where the variance of each difference comes from, what would shorten its interval, and how "
-    f"many runs a norm would detect a true difference of {EFFECT} AP (80 % power, 5 % level; in "
-    "brackets the range that these runs leave open):"
+    "Sources of the variance of each difference, what would shorten its interval, and how many "
+    f"runs per norm are needed to detect a true difference of {EFFECT} AP (80 % power, 5 % level; "
+    "in brackets the range that is compatible with these runs):"
 )
 
 
@@ -137,28 +139,30 @@ def _budget(d: Difference, comparison: Comparison) -> str:
     if needed is None:
         if d.se == 0:
             return "the same results."
-        return "unknown" + (", since one run shows no spread over seeds." if 1 in d.runs else ".")
+        return "unknown" + (
+            ", because one run shows no variance over seeds." if 1 in d.runs else "."
+        )
     units = "clusters" if comparison.cluster else "images"
     total = d.se**2
     shares = {
         "seeds": d.seeds,
         units: d.images,
-        "what a seed does on single images": d.run_by_image,
+        "interaction of seeds and images": d.run_by_image,
     }
     budget = ", ".join(f"{v / total:.0%} {name}" for name, v in shares.items())
     now, runs, images = d.reach_with(), d.reach_with(more_runs=2), d.reach_with(more_images=2)
     advice = "more runs" if runs < images else f"more {units}"
     return (
         f"{budget}. Twice the runs would shorten ±{now:.2f} to about ±{runs:.2f}, twice the "
-        f"{units} to ±{images:.2f}: {advice} pay more. For {EFFECT} AP: {_needed(needed, units)}."
+        f"{units} to ±{images:.2f}: {advice} help more. For {EFFECT} AP: {_needed(needed, units)}."
     )
 
 
 def _needed(needed: RunsNeeded, units: str) -> str:
     if needed.low is None:
-        return f"no number of runs suffices on as many {units}"
+        return f"no number of runs suffices with this many {units}"
     if needed.estimate is None:
-        return f"{needed.low:,} runs at the very least, perhaps no number on as many {units}"
+        return f"at least {needed.low:,} runs; perhaps no number suffices with this many {units}"
     high = "any number" if needed.high is None else f"{needed.high:,}"
     return f"{needed.estimate:,} runs ({needed.low:,} to {high})"
 
@@ -168,7 +172,7 @@ def _possible_clusters(comparison: Comparison) -> str:
     found = [k for k in CLUSTER_FIELDS if images and all(k in image for image in images)]
     if not found:
         return ""
-    return f" (if those of one {found[0]} were taken together, use --cluster {found[0]})"
+    return f" (if images of one {found[0]} are alike, use --cluster {found[0]})"
 
 
 def model_text(comparison: Comparison) -> str:
@@ -180,14 +184,14 @@ def model_text(comparison: Comparison) -> str:
         drawn = f"{comparison.units} clusters ({comparison.cluster}) of the {drawn}"
         independent = "and dependence between clusters"
     simultaneous = (
-        f" They hold for all {count} comparisons of a metric together (Bonferroni)."
+        f" They are corrected for the {count} comparisons of a metric (Bonferroni)."
         if count > 1
         else ""
     )
     single = any(1 in comparison.primary_difference(k).runs for k in comparison.differences)
     one_run = (
-        " Where a norm has one run the training seed is NOT covered, and no interval on the norm "
-        "is given."
+        " If a norm has one run, the choice of the training seed is NOT covered, and there is no "
+        "interval for the norm."
         if single
         else ""
     )
@@ -197,17 +201,18 @@ def model_text(comparison: Comparison) -> str:
         which = (
             "" if all(paired) else f" where both norms have the same {PAIRED_FROM} or more seeds"
         )
-        pairs += f"{which}: the spread is that of their differences."
+        pairs += f"{which}: the variance is then that of their differences."
     return (
-        f"Each interval is a 95 % t-interval of other minus {comparison.baseline}, means over "
-        f"seeds.{simultaneous} Image sampling: all runs are scored on the same "
-        f"{comparison.resamples} random halves of the {drawn} (paired delete-half jackknife). "
-        "Training seeds: the spread of AP over the runs, pooled over both norms where they have "
-        "equally many runs and moderated by the other comparisons where there are three or more, "
-        f"less the part that the images already explain.{pairs}{one_run} "
+        "Each interval is a 95 % t-interval for the mean over seeds of a norm minus that of "
+        f"{comparison.baseline}.{simultaneous} Its variance has two parts. Image sampling: all "
+        f"runs are scored on the same {comparison.resamples} random halves of the {drawn} (paired "
+        "delete-half jackknife). Training seeds: the variance of AP over the runs, minus the part "
+        "that image sampling explains. It is pooled over both norms if they have equally many "
+        "runs, and moderated by the other comparisons if there are three or more."
+        f"{pairs}{one_run} "
         f"The verdict is on {TITLES[comparison.primary]} AP alone: better or worse if its interval "
         f"excludes 0; practically the same (≈) if its 90 % interval lies within "
         f"±{comparison.margin:g} AP; otherwise undecided. "
-        "Not covered: another data set, architecture, schedule or learning rate, "
+        "Not covered: other data sets, architectures, schedules and learning rates, "
         f"{independent}."
     )

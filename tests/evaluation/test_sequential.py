@@ -47,7 +47,7 @@ def test_what_is_decided_needs_no_more_runs():
     assert progress.decided["Far"].runs == 3
     assert progress.open == ["Near"] and not progress.finished
     assert progress.wanted == 6 and progress.runs_left == 6  # three of BN, three of Near
-    assert progress.lines[0].startswith("▲ Far against BN, box AP: better after 3 runs a norm")
+    assert progress.lines[0].startswith("▲ Far against BN, box AP: better after 3 runs per norm")
     assert "undecided" in progress.lines[1] and "With 6 runs" in progress.lines[1]
 
 

@@ -10,7 +10,7 @@ from refbn_d2.errors import UserError
 from refbn_d2.evaluation.comparison import NormRuns, compare
 from refbn_d2.evaluation.interval import Verdict
 from refbn_d2.evaluation.runs import Run, named_results
-from refbn_d2.evaluation.text import MARKS, model_text, seed_lines, verdicts
+from refbn_d2.evaluation.text import MARKS, model_text, seed_lines, verdict_text, verdicts
 from tests.evaluation import generated
 from tests.evaluation.simulated import comparison
 
@@ -50,7 +50,11 @@ def test_a_difference_below_the_margin_is_called_small():
 
 @pytest.mark.parametrize(
     "runs, who",
-    [((1, 1), "One run each: these two"), ((1, 5), "One run of BN"), ((5, 1), "One run of X")],
+    [
+        ((1, 1), "each has one run. These two"),
+        ((1, 5), "BN has one run"),
+        ((5, 1), "X has one run"),
+    ],
 )
 @pytest.mark.parametrize("shift", [-9, 0.0, 9])
 def test_one_run_never_decides(runs, who, shift):
@@ -60,7 +64,8 @@ def test_one_run_never_decides(runs, who, shift):
     assert who in text and "is better" not in text and "is worse" not in text
     assert ("checkpoints differ" in text) == (shift != 0)
     assert seed_lines(made) == [
-        f"X ({runs[1]} against {runs[0]} runs): unknown, since one run shows no spread over seeds."
+        f"X ({runs[1]} against {runs[0]} runs): unknown, because one run shows no variance over "
+        "seeds."
     ]
 
 
@@ -90,20 +95,31 @@ def test_more_comparisons_make_longer_intervals():
     assert one.primary_difference("X").ci95 == pytest.approx(two.primary_difference("X").ci95)
     low, high = two.primary_difference("X").interval(simultaneous=True)
     assert (low, high) == pytest.approx(two.primary_difference("X").interval(0.975))
-    assert "all 2 comparisons" in model_text(two) and "Bonferroni" not in model_text(one)
+    assert "the 2 comparisons" in model_text(two) and "Bonferroni" not in model_text(one)
 
 
 def test_budget_says_what_pays():
     noisy_seeds = comparison({"BN": [28.0, 33, 30, 26], "X": [29.0, 25, 34, 31]}, 0.1)
-    assert "more runs pay more" in seed_lines(noisy_seeds)[0]
+    assert "more runs help more" in seed_lines(noisy_seeds)[0]
     # Image noise that all runs of a norm share.
     made = comparison({"BN": BN, "X": BN[::-1]}, 0.0)
     shared = np.random.default_rng(0).normal(0, 3, (40, 6))
     for score in made.groups["X"].scores["bbox"]:
         score.replicates = score.replicates + shared
     made = made.with_first_runs(5)
-    assert "more images pay more" in seed_lines(made)[0]
-    assert "no number of runs suffices on as many images" in seed_lines(made)[0]
+    assert "more images help more" in seed_lines(made)[0]
+    assert "no number of runs suffices with this many images" in seed_lines(made)[0]
+
+
+def test_an_interval_ends_at_the_largest_possible_difference():
+    """As the study's FrozenBN, with two runs in thirteen comparisons: the t-interval is +-1,100."""
+    norms = {f"N{n}": [30.0, 31, 29, 30, 31] for n in range(12)}
+    made = comparison({"BN": [23.0, 24, 22, 25, 23], "Frozen": [2.0, 18.0], **norms}, 0.0)
+    assert made.primary_difference("Frozen").interval(simultaneous=True) == (-100, 100)
+    text = verdict_text(made, "Frozen")
+    assert text.endswith(
+        "[−100.00, +100.00]. These runs exclude no difference; train more of them."
+    )
 
 
 def test_nothing_to_measure_is_said():
@@ -142,7 +158,7 @@ def test_a_shared_pretraining_is_said(files):
     assert compare(runs, files["gt"], ["bbox"], None, 20, 0).warnings == []
     shared = [replace(run, pretraining_seed=7) for run in runs]
     (sentence,) = compare(shared, files["gt"], ["bbox"], None, 20, 0).warnings
-    assert "(seed 7)" in sentence and "Intervals leave out" in sentence
+    assert "(seed 7)" in sentence and "do not cover the choice of the pretraining" in sentence
 
 
 def test_runs_are_paired_by_known_seeds_from_five_on(files):
