@@ -48,6 +48,9 @@ class _Runner:
         self._output, self._num_gpus, self._progress = output, num_gpus, progress
         # By PARENT, child processes end when this process ends, even if it is killed.
         self._env = {**_KEEP_MEMORY, **os.environ, PARENT: str(os.getpid())}
+        # A job of SLURM may have fewer cores than its machine.
+        cores = int(os.environ.get("SLURM_CPUS_ON_NODE") or os.cpu_count() or 1)
+        self._env["OMP_NUM_THREADS"] = str(max(1, cores // jobs))
         self._gpus = _gpu_sets(num_gpus, jobs)
         self._children: List[subprocess.Popen] = []
         self._stop = threading.Event()
@@ -58,13 +61,8 @@ class _Runner:
             if child.poll() is None:
                 child.terminate()
 
-    def run(self, training: Training, threads: int) -> Dict[str, Any]:
-        """Runs a training, unless it is finished; returns its record, with the reason if it fails.
-
-        Args:
-            training: Training to run.
-            threads: Number of its CPU threads.
-        """
+    def run(self, training: Training) -> Dict[str, Any]:
+        """Runs a training unless it is finished; returns its record, which says why it failed."""
         file = self._output / training.record_file
         before = read_record(file) if file.exists() else {}
         if training.is_finished(self._output):
@@ -76,7 +74,7 @@ class _Runner:
         write_record(file, {**record, "status": "running", "seconds": seconds})
         begin = time.monotonic()
         try:
-            self._train(training, threads)
+            self._train(training)
             record["status"] = "finished"
         except (_Failed, _Stopped, UserError) as e:
             if isinstance(e, _Stopped) or self._stop.is_set():
@@ -88,7 +86,7 @@ class _Runner:
         write_record(file, record)
         return record
 
-    def _train(self, training: Training, threads: int) -> None:
+    def _train(self, training: Training) -> None:
         """Trains in a new process with ``refbn-d2 train`` or ``classify``; converts a backbone."""
         folder, opts = self._output / training.folder, training.opts()
         start = training.pretraining
@@ -106,8 +104,8 @@ class _Runner:
         gpus = self._gpus.get()
         try:
             self._wait_until_free(folder)
-            env = {**self._env, "OMP_NUM_THREADS": str(threads)}
-            self._command(folder, arguments, env if gpus is None else {**env, _GPUS: gpus}, task)
+            env = self._env if gpus is None else {**self._env, _GPUS: gpus}
+            self._command(folder, arguments, env, task)
         finally:
             self._gpus.put(gpus)
             self._progress.remove_task(task)
@@ -289,31 +287,23 @@ def run_trainings(
         MofNCompleteColumn(),
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
     )
-    # A job of SLURM may have fewer cores than its machine.
-    cores = int(os.environ.get("SLURM_CPUS_ON_NODE") or os.cpu_count() or 1)
     with Progress(*columns, console=console) as progress:
         runner = _Runner(output, num_gpus, jobs, progress)
         overall = progress.add_task("all runs", total=len(trainings))
 
-        def run_all(stage: List[Training]) -> List[Dict[str, Any]]:
-            threads = max(1, cores // max(1, min(jobs, len(stage))))
-
-            def run(training: Training) -> Dict[str, Any]:
-                record = runner.run(training, threads)
-                progress.advance(overall)
-                error = record.get("error", "")
-                _say(console, f"{record['status']}: {training.folder} {error}")
-                return record
-
-            return list(pool.map(run, stage))
+        def run(training: Training) -> Dict[str, Any]:
+            record = runner.run(training)
+            progress.advance(overall)
+            _say(console, f"{record['status']}: {training.folder} {record.get('error', '')}")
+            return record
 
         previous = handle(_stopped)
         try:
             with ThreadPoolExecutor(jobs) as pool:
                 try:
                     # Detectors start from the result of a pretraining.
-                    first = run_all([t for t in trainings if t.is_pretraining])
-                    return first + run_all([t for t in trainings if not t.is_pretraining])
+                    first = list(pool.map(run, [t for t in trainings if t.is_pretraining]))
+                    return first + list(pool.map(run, trainings[len(first) :]))
                 except BaseException:
                     runner.stop()  # the pool waits until the children have saved
                     raise
