@@ -18,7 +18,6 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..config import load_config
 from ..engine.signals import PARENT, SIGNALS, handle, restore
 from ..errors import UserError
 from ..io.lock import folder_lock, holder
@@ -74,7 +73,7 @@ class _Runner:
         write_record(file, {**record, "status": "running", "seconds": seconds})
         begin = time.monotonic()
         try:
-            self._train(training)
+            self._train(training, record["iterations"])
             record["status"] = "finished"
         except (_Failed, _Stopped, UserError) as e:
             if isinstance(e, _Stopped) or self._stop.is_set():
@@ -86,7 +85,7 @@ class _Runner:
         write_record(file, record)
         return record
 
-    def _train(self, training: Training) -> None:
+    def _train(self, training: Training, iterations: int) -> None:
         """Trains in a new process with ``refbn-d2 train`` or ``classify``; converts a backbone."""
         folder, opts = self._output / training.folder, training.opts()
         start = training.pretraining
@@ -99,8 +98,7 @@ class _Runner:
         arguments = ["classify" if training.is_pretraining else "train"]
         arguments += ["--config-file", training.config, "--num-gpus", str(self._num_gpus)]
         arguments += ["--resume", "OUTPUT_DIR", str(folder), *device, *opts]
-        total = load_config(training.config, opts).SOLVER.MAX_ITER
-        task = self._progress.add_task(training.label, total=total)
+        task = self._progress.add_task(training.label, total=iterations)
         gpus = self._gpus.get()
         try:
             self._wait_until_free(folder)

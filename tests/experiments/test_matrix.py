@@ -174,10 +174,7 @@ def test_a_missing_or_malformed_matrix(tmp_path):
 
 def test_run_skips_what_is_finished_and_survives_what_fails(tmp_path, tiny_data):
     """One run works, one has an impossible option; the second call has nothing left but that."""
-    sets = {
-        f"DATASETS__{k}": f"('coco_2017_{v}',)" for k, v in (("TRAIN", "train"), ("TEST", "val"))
-    }
-    small = tiny.opts(**sets, SOLVER__MAX_ITER=2)
+    small = tiny.opts(DATASETS__TRAIN="('coco_2017_train',)", DATASETS__TEST="('coco_2017_val',)")
     norms = [
         {"name": "works", "norm": "RefBN"},
         {"name": "fails", "norm": "RefBN", "opts": ["DATASETS.TRAIN", "('no_such_set',)"]},
