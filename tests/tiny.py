@@ -52,6 +52,20 @@ def opts(**changes) -> List[str]:
     return [str(x) for pair in merged.items() for x in pair]
 
 
+def cut_coco(source: Path, target: Path, **images: int) -> None:
+    """COCO with the first images of each split ("train", "val") that have objects."""
+    (target / "annotations").mkdir(parents=True)
+    for split, number in images.items():
+        (target / f"{split}2017").symlink_to((source / f"{split}2017").resolve())
+        name = f"annotations/instances_{split}2017.json"
+        content = json.loads((source / name).read_text())
+        annotated = {a["image_id"] for a in content["annotations"]}
+        content["images"] = [i for i in content["images"] if i["id"] in annotated][:number]
+        kept = {i["id"] for i in content["images"]}
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
+        (target / name).write_text(json.dumps(content))
+
+
 def write_split(folder: Path, split: str, num_images: int) -> None:
     """Images and annotations of one split, in the layout of COCO 2017 below ``folder``/coco."""
     rng = np.random.default_rng(len(split))

@@ -23,13 +23,7 @@ from tqdm import tqdm
 from ..config import load_config
 from ..config_files import find_config
 from ..data.errors import naming_the_file
-from ..engine.predictor import (
-    Predictor,
-    coco_results,
-    dicts_if_there,
-    draw,
-    have_counterpart,
-)
+from ..engine.predictor import Predictor, coco_results, draw, have_counterpart
 from ..errors import UserError, one_line_errors
 from ..evaluation.printable import printable
 from ..io.atomic import atomic_write
@@ -129,16 +123,6 @@ def load_models(args: argparse.Namespace) -> List[Predictor]:
     return models
 
 
-def _image_ids(models: List[Predictor]) -> Dict[str, Any]:
-    """Returns the ids of the test images by file name, so that the results can be evaluated."""
-    cfg = models[0].cfg
-    return {
-        Path(d["file_name"]).name: d["image_id"]
-        for name in cfg.DATASETS.TEST
-        for d in dicts_if_there(cfg, name)
-    }
-
-
 def _picture(
     models: List[Predictor], image: np.ndarray, titles: List[str], threshold: float
 ) -> Tuple[np.ndarray, List[Any]]:
@@ -219,7 +203,7 @@ def main() -> None:
 def _predict(args: argparse.Namespace, files: List[Path], models: List[Predictor]) -> List[str]:
     """Writes the pictures and the results; returns the errors of files that cannot be used."""
     args.output.mkdir(parents=True, exist_ok=True)
-    ids, titles = _image_ids(models), _titles(args.weights)
+    ids, titles = models[0].image_ids, _titles(args.weights)
     results: List[List[Dict[str, Any]]] = [[] for _ in models]
     unread: List[str] = []
     names: Dict[str, int] = {}

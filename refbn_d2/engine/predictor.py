@@ -1,5 +1,6 @@
 """Runs a trained detector on single images, and compares the detections of two detectors."""
 
+from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union
 
 import numpy as np
@@ -20,9 +21,7 @@ from ..log import get_logger
 from .launcher import check_device
 from .trainer import Trainer
 
-__all__ = [
-    "Predictor", "coco_results", "dicts_if_there", "draw", "have_counterpart",
-]  # fmt: skip
+__all__ = ["Predictor", "coco_results", "draw", "have_counterpart"]
 
 logger = get_logger(__name__)
 
@@ -42,6 +41,7 @@ class Predictor(DefaultPredictor):
     Attributes:
         model: Detector in evaluation mode.
         metadata: Metadata of the first data set of DATASETS.TEST, with the names of the classes.
+        image_ids: File name -> id of the images of DATASETS.TEST, so that results can be evaluated.
 
     Raises:
         UserError: If the weights cannot be read or do not fit the model, or if the config has
@@ -57,9 +57,13 @@ class Predictor(DefaultPredictor):
         check_device(cfg.MODEL.DEVICE)
         super().__init__(cfg)
         Trainer.build_checkpointer(cfg, self.model).load_to_evaluate(weights, resume=False)
-        names = cfg.DATASETS.TEST or cfg.DATASETS.TRAIN
-        if names:
-            dicts_if_there(cfg, names[0])  # sets the names of its classes in the metadata
+        names = cfg.DATASETS.TEST or cfg.DATASETS.TRAIN[:1]
+        # This also sets the names of the classes in the metadata.
+        dicts = [d for name in names for d in _dicts_if_there(cfg, name)]
+        if cfg.DATASETS.TEST:
+            self.image_ids = {Path(d["file_name"]).name: d["image_id"] for d in dicts}
+        else:
+            self.image_ids = {}
         self.metadata = MetadataCatalog.get(names[0] if names else "__unnamed")
 
     def __call__(self, original_image: np.ndarray) -> Dict[str, Any]:
@@ -79,7 +83,7 @@ class Predictor(DefaultPredictor):
         return {k: v.to("cpu") if hasattr(v, "to") else v for k, v in outputs.items()}
 
 
-def dicts_if_there(cfg: CfgNode, name: str) -> List[Dict[str, Any]]:
+def _dicts_if_there(cfg: CfgNode, name: str) -> List[Dict[str, Any]]:
     """Loads a data set for the names of its classes and the ids of its images.
 
     A detector can be used on a machine that does not have the data set: the result is then empty.

@@ -50,24 +50,8 @@ def _smaller_matrix(path):
 IMAGES = 20
 
 
-def _first_images(source, target):
-    """COCO with the first IMAGES images of each split that have objects."""
-    (target / "annotations").mkdir(parents=True)
-    for split in ("train2017", "val2017"):
-        (target / split).symlink_to(source / split)
-        content = json.loads((source / f"annotations/instances_{split}.json").read_text())
-        annotated = {a["image_id"] for a in content["annotations"]}
-        images = [image for image in content["images"] if image["id"] in annotated][:IMAGES]
-        kept = {image["id"] for image in images}
-        content.update(
-            images=images,
-            annotations=[a for a in content["annotations"] if a["image_id"] in kept],
-        )
-        (target / f"annotations/instances_{split}.json").write_text(json.dumps(content))
-
-
 def test_both_protocols_from_pretraining_to_report_and_again(tmp_path, real_data):
-    _first_images(real_data.resolve() / "coco", tmp_path / "datasets/coco")
+    tiny.cut_coco(real_data / "coco", tmp_path / "datasets/coco", train=IMAGES, val=IMAGES)
     matrix = _smaller_matrix(tmp_path / "matrix.yaml")
     arguments = ["--matrix", matrix, "--num-gpus", 0, "--jobs", 2, "--output", "out"]
     done = _run(*arguments, cwd=tmp_path)

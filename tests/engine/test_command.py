@@ -155,16 +155,7 @@ def test_the_real_command_line(tmp_path):
 
 def test_full_size_on_real_images(real_data, tmp_path):
     """Two steps, an evaluation, and one more step after --resume, through the built-in names."""
-    coco = tmp_path / "data" / "coco"
-    (coco / "annotations").mkdir(parents=True)
-    for split, keep in (("train", 20), ("val", 2)):
-        (coco / f"{split}2017").symlink_to((real_data / "coco" / f"{split}2017").resolve())
-        name = f"instances_{split}2017.json"
-        content = json.loads((real_data / "coco" / "annotations" / name).read_text())
-        content["images"] = content["images"][:keep]
-        ids = {i["id"] for i in content["images"]}
-        content["annotations"] = [a for a in content["annotations"] if a["image_id"] in ids]
-        (coco / "annotations" / name).write_text(json.dumps(content))
+    tiny.cut_coco(real_data / "coco", tmp_path / "data/coco", train=20, val=2)
     output = tmp_path / "output"
     config = tiny.ROOT / "configs/COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x_refbn.yaml"
     options = {
