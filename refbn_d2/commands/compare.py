@@ -197,7 +197,7 @@ def report(args: argparse.Namespace) -> None:
     runs = named_results(args.results) if args.results else find_runs(args.runs)
     gt = args.gt or common_ground_truth(runs)
     iou_types = [t for t in IOU_TYPES if t in args.iou_type]
-    total = sum(not run.error for run in runs) * len(iou_types)
+    total = sum(not run.error for run in runs)
     console = Console(stderr=True)
     fields = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
     # In a log file the progress bar would only write blank lines.

@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, Hashable, List, Optional, Sequence, Set,
 import numpy as np
 
 from ..errors import UserError
-from .ap import METRICS, Evaluation, evaluate
+from .ap import METRICS, Evaluation, evaluate_all
 from .inputs import GroundTruth, coverage_warnings, load_ground_truth, load_results
 from .interval import (
     MARGIN,
@@ -170,7 +170,7 @@ def compare(
         iou_types: One or both of "bbox" and "segm".
         baseline: Name of the norm to compare with; None: the first.
         resamples, seed: Number and seed of the random halves of the images.
-        advance: Called with a description of what is being scored, for each run and iou type.
+        advance: Called with a description of the run that is scored next.
         primary: The iou type whose AP decides; None: "bbox" where it is evaluated.
         margin: Differences of AP within +-margin, in percent, do not matter in practice.
         cluster: Field of the COCO images, such as "group" or "video", whose images belong together;
@@ -200,9 +200,10 @@ def compare(
         for run in group.runs:
             detections = load_results(run.results, gt, iou_types)
             covered[f"{group.label}, seed {run.seed}"] = {d["image_id"] for d in detections}
+            advance(f"{group.label}, seed {run.seed}")
+            scores = evaluate_all(gt, detections, iou_types, halves, per_category=True)
             for iou_type in iou_types:
-                advance(f"{group.label}, seed {run.seed}, {iou_type}")
-                group.scores[iou_type].append(evaluate(gt, detections, iou_type, halves, True))
+                group.scores[iou_type].append(scores[iou_type])
     units = len(gt.sizes) if clusters is None else len(set(clusters))
     return Comparison(
         gt=gt,

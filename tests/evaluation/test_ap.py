@@ -8,7 +8,7 @@ import pytest
 from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 
-from refbn_d2.evaluation.ap import ERRORS, METRICS, evaluate
+from refbn_d2.evaluation.ap import ERRORS, METRICS, evaluate, evaluate_all
 from refbn_d2.evaluation.coco_evaluator import _HotCOCOeval
 from refbn_d2.evaluation.inputs import load_ground_truth, load_results
 from refbn_d2.evaluation.interval import half_samples
@@ -142,14 +142,16 @@ def test_detections_in_images_without_objects_count_against(gt, content):
     assert after < before - 5
 
 
-@pytest.mark.parametrize("iou_type", IOU_TYPES)
-def test_replicates_equal_pycocotools_on_the_same_images(gt, content, iou_type):
+def test_replicates_equal_pycocotools_on_the_same_images(gt, content, capsys):
+    """Both iou types are scored at the same time."""
     results = generated.detections(content)
     subsets = [[1, 2, 3, 4, 6, 9], [7, 8, 11, 12, 13, 20, 21]]
-    rows = evaluate(gt, results, iou_type, subsets).replicates
-    for row, subset in zip(rows, subsets):
-        stats = generated.reference(content, results, iou_type, subset).stats[:6]
-        np.testing.assert_allclose(row, np.where(stats > -1, 100 * stats, np.nan), atol=1e-9)
+    scores = evaluate_all(gt, results, IOU_TYPES, subsets)
+    assert capsys.readouterr().out == ""  # hotcoco prints COCO's summary
+    for iou_type in IOU_TYPES:
+        for row, subset in zip(scores[iou_type].replicates, subsets):
+            stats = generated.reference(content, results, iou_type, subset).stats[:6]
+            np.testing.assert_allclose(row, np.where(stats > -1, 100 * stats, np.nan), atol=1e-9)
 
 
 def test_categories_on_subsets_average_to_ap_on_subsets(gt, content):
