@@ -10,9 +10,8 @@ follow from the data. Train with this config, or use it as a _BASE_. ``show`` al
 import argparse
 import os
 from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Sequence, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 import yaml
 from detectron2.config import CfgNode
@@ -23,7 +22,7 @@ from ..config_files import find_config
 from ..data.sets import DataSet, load_test_set
 from ..errors import UserError, one_line_errors
 from ..evaluation.printable import printable
-from ..io.atomic import atomic_write
+from ..io.atomic import atomic_write, write_errors
 
 __all__ = ["main"]
 
@@ -101,19 +100,9 @@ def _add(args: argparse.Namespace) -> None:
 
 
 def _write(path: Path, content: Dict[str, Any]) -> None:
-    with _output_errors(path), atomic_write(str(path)) as f:
+    with write_errors(path, "name another file with --output"), atomic_write(str(path)) as f:
         f.write("# Written by refbn-d2 data add.\n")
         yaml.safe_dump(content, f, sort_keys=False)
-
-
-@contextmanager
-def _output_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as e:
-        raise UserError(
-            f"{path} cannot be written: {e.strerror}; name another file with --output"
-        ) from None
 
 
 def _keys_of(cfg: CfgNode, names: Sequence[str]) -> Dict[str, Any]:
@@ -205,6 +194,6 @@ def _show(args: argparse.Namespace) -> None:
         data = load_test_set(cfg, name)
         _files_exist(data, name)
         parts.append((name, data, _summary(cfg, name), _counts(name, data)))
-    with _output_errors(args.output):
+    with write_errors(args.output, "name another file with --output"):
         write_page(args.output, parts, args.samples)
     print(printable(f"wrote {args.output}"))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 from ..errors import UserError
-from ..io.atomic import atomic_write
+from ..io.atomic import atomic_write, write_errors
 from ..io.json import read_json
 
 __all__ = [
@@ -63,12 +63,10 @@ def write_record(path: Path, record: Dict[str, Any]) -> None:
     Raises:
         UserError: If the file cannot be written.
     """
-    try:
+    with write_errors(path, "make it writable or choose another --output"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(str(path)) as f:
             json.dump(record, f, indent=1)
-    except OSError as e:
-        raise UserError(f"{path} cannot be written: {e.strerror}") from None
 
 
 def last_metrics(folder: Path) -> Dict[str, Any]:

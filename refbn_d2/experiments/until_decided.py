@@ -11,7 +11,7 @@ from ..errors import UserError
 from ..evaluation.comparison import baseline_among
 from ..evaluation.runs import RESULTS, Run, common_ground_truth, find_runs
 from ..evaluation.sequential import Plan, Progress, next_look
-from ..io.atomic import atomic_write
+from ..io.atomic import atomic_write, write_errors
 from ..io.coco import is_number
 from ..io.json import read_json
 from .matrix import RunSpec
@@ -83,14 +83,10 @@ def _fix(output: Path, plan: Dict[str, Any]) -> None:
     """Saves the plan in ``output``; raises a UserError if it contains another plan."""
     file = output / _FILE
     if not file.exists():
-        try:
+        with write_errors(output, "choose another folder"):
             output.mkdir(parents=True, exist_ok=True)
             with atomic_write(str(file)) as f:
                 json.dump(plan, f, indent=1)
-        except OSError as e:
-            raise UserError(
-                f"{output} cannot be written: {e.strerror}; choose another folder"
-            ) from None
     before = read_json(file)
     if before != plan:
         raise UserError(

@@ -1,10 +1,13 @@
-"""Atomic writing of files: after a crash a file has its old or its new content, never a part."""
+"""Atomic writing: after a crash a file has its old or its new content, never a part of it."""
 
 import os
 from contextlib import contextmanager, suppress
-from typing import IO, Iterator
+from pathlib import Path
+from typing import IO, Iterator, Union
 
-__all__ = ["PARTIAL", "atomic_write"]
+from ..errors import UserError
+
+__all__ = ["PARTIAL", "atomic_write", "write_errors"]
 
 PARTIAL = ".partial"
 
@@ -37,3 +40,17 @@ def atomic_write(path: str, mode: str = "w") -> Iterator[IO]:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+@contextmanager
+def write_errors(path: Union[str, Path], remedy: str) -> Iterator[None]:
+    """Raises a UserError instead of an OSError of the block.
+
+    Args:
+        path: Path of the file or folder that the block writes.
+        remedy: What the user can do, such as "choose another folder".
+    """
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f"{path} cannot be written: {e.strerror}; {remedy}") from None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Iterator, Optional
 
 from ..errors import UserError
+from .atomic import write_errors
 
 __all__ = ["folder_lock", "holder"]
 
@@ -35,12 +36,10 @@ def folder_lock(folder: Path, name: str = FILE, wait: bool = False) -> Iterator[
         UserError: If another process has the lock and ``wait`` is False, or if the folder cannot be
             written.
     """
-    try:
+    with write_errors(folder, "choose another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         # Do not truncate the file yet: it names the process that has the lock.
         file = open(os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o666), "r+")
-    except OSError as e:
-        raise UserError(f"{folder} cannot be written: {e.strerror}; choose another folder") from e
     # lockf and not flock: forked workers would inherit a lock by flock, and they may outlive a
     # killed parent. A lock by lockf ends as soon as this process closes any file object of this
     # path, so `holder` must not be called for a folder that this process has locked.

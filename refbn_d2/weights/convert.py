@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..config import load_config
 from ..errors import UserError
+from ..io.atomic import write_errors
 from .files import StateDict, atomic_save, find_state_dict, first_sentence, read_weights
 from .folded import EPS, FOLDED_VAR
 from .resnet_names import detectron2_names, torchvision_names
@@ -159,10 +160,8 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _write(path: str, content: Dict[str, Any]) -> None:
-    try:
+    with write_errors(path, "name another output file"):
         atomic_save(content, path)
-    except OSError as e:
-        raise UserError(f"{path}: cannot be written: {e.strerror}") from None
 
 
 def _norm_layers(weights: Dict[str, Tensor]) -> Dict[str, Set[str]]:

@@ -445,7 +445,7 @@ def test_a_full_disk_leaves_the_file_that_was_there(tmp_path, classifier):
     try:
         # Writing beyond it fails as it does on a full disk.
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
-        with pytest.raises(UserError, match="backbone.pth: cannot be written"):
+        with pytest.raises(UserError, match="backbone.pth cannot be written"):
             convert(path, str(tmp_path / "backbone.pth"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
