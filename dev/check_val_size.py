@@ -2,7 +2,8 @@
 """Tests a report with generated data of the size of COCO val2017 (5,000 images, 80 categories).
 
 Compares AP of boxes and masks with that of pycocotools, and measures the time and memory of a
-report of two models with 1,000 resamples.
+report of two norms with 1,000 resamples. With --images 300 --runs 50 it measures a report of a
+hundred runs.
 """
 
 import argparse
@@ -20,8 +21,9 @@ from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-HEIGHT, WIDTH, IMAGES, CATEGORIES, OBJECTS = 480, 640, 5000, 80, 36_000
+HEIGHT, WIDTH, CATEGORIES, OBJECTS_PER_IMAGE = 480, 640, 80, 7.2
 FALSE_PER_IMAGE = 12
+FOUND = {"BN": 0.70, "RefBN": 0.72}  # fraction of the objects that are found
 
 
 def rle(box, wobble) -> dict:
@@ -42,14 +44,14 @@ def boxes(rng, count) -> np.ndarray:
     return np.hstack([corner, size]).round(2)
 
 
-def ground_truth(rng) -> dict:
+def ground_truth(rng, images: int) -> dict:
     annotations = []
-    for n, box in enumerate(boxes(rng, OBJECTS)):
+    for n, box in enumerate(boxes(rng, round(OBJECTS_PER_IMAGE * images))):
         mask = rle(box, rng.normal(0, 0.15, 8))
         annotations.append(
             {
                 "id": n + 1,
-                "image_id": int(rng.integers(1, IMAGES + 1)),
+                "image_id": int(rng.integers(1, images + 1)),
                 "category_id": int(rng.integers(1, CATEGORIES + 1)),
                 "bbox": box.tolist(),
                 "area": float(mask_util.area(mask)),
@@ -58,7 +60,7 @@ def ground_truth(rng) -> dict:
             }
         )
     return {
-        "images": [{"id": n + 1, "height": HEIGHT, "width": WIDTH} for n in range(IMAGES)],
+        "images": [{"id": n + 1, "height": HEIGHT, "width": WIDTH} for n in range(images)],
         "annotations": annotations,
         "categories": [{"id": n + 1, "name": f"kind {n + 1}"} for n in range(CATEGORIES)],
     }
@@ -78,8 +80,9 @@ def detections(rng, truth, found) -> list:
             box += rng.normal(0, 0.07, 4) * np.tile(box[2:], 2)
             box[2:] = np.maximum(box[2:], 2)
             add(a["image_id"], a["category_id"], box, rng.beta(4, 2))
-    for box in boxes(rng, FALSE_PER_IMAGE * IMAGES):
-        image, category = rng.integers(1, IMAGES + 1), rng.integers(1, CATEGORIES + 1)
+    images = len(truth["images"])
+    for box in boxes(rng, FALSE_PER_IMAGE * images):
+        image, category = rng.integers(1, images + 1), rng.integers(1, CATEGORIES + 1)
         add(int(image), int(category), box, rng.beta(2, 4))
     return results
 
@@ -99,31 +102,40 @@ def pycocotools_ap(truth_file: Path, results: list, iou_type: str) -> np.ndarray
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("output/val_size"))
-    folder = parser.parse_args().output
+    parser.add_argument("--images", type=int, default=5000)
+    parser.add_argument("--runs", type=int, default=1, help="runs per norm (default: %(default)s)")
+    args = parser.parse_args()
+    folder = args.output
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
-    truth = ground_truth(rng)
+    truth = ground_truth(rng, args.images)
     (folder / "gt.json").write_text(json.dumps(truth))
-    models = {"BN": detections(rng, truth, 0.70), "RefBN": detections(rng, truth, 0.72)}
-    for name, results in models.items():
-        (folder / f"{name}.json").write_text(json.dumps(results))
-    print(f"{OBJECTS} objects, {[len(r) for r in models.values()]} detections")
+    files = {name: [folder / f"{name}{n}.json" for n in range(args.runs)] for name in FOUND}
+    for name, found in FOUND.items():
+        for file in files[name]:
+            file.write_text(json.dumps(detections(rng, truth, found)))
 
     command = [sys.executable, str(Path(__file__).parents[1] / "tools/compare.py"), "report"]
     command += ["--gt", str(folder / "gt.json"), "--results"]
-    command += [f"{name}={folder / name}.json" for name in models]
+    command += [f"{name}={','.join(map(str, runs))}" for name, runs in files.items()]
     command += ["--iou-type", "bbox", "segm", "--baseline", "BN", "--resamples", "1000"]
     command += ["--seed", "0", "--output", str(folder)]
     begin = time.time()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     seconds = time.time() - begin
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    print(f"report of two models, 1,000 resamples: {seconds:.0f} s, peak memory {peak:.2f} GB")
+    print(
+        f"{args.images} images, {len(truth['annotations'])} objects, {args.runs} runs per norm, "
+        f"1,000 resamples: {seconds:.0f} s, peak memory {peak:.2f} GB"
+    )
+    if args.runs > 1:
+        return
 
     report = json.loads((folder / "report.json").read_text())
+    results = json.loads(files["BN"][0].read_text())
     for iou_type in ("bbox", "segm"):
         begin = time.time()
-        expected = pycocotools_ap(folder / "gt.json", models["BN"], iou_type)
+        expected = pycocotools_ap(folder / "gt.json", results, iou_type)
         ours = np.array(list(report["runs"]["BN"][iou_type].values()))
         print(
             f"{iou_type}: AP {ours[0]:.4f}, largest difference from pycocotools "
