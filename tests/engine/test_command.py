@@ -81,6 +81,7 @@ def test_a_truncated_image_is_named(tmp_path, train_net, workers):
     options = tiny.opts(
         OUTPUT_DIR=tmp_path,
         DATASETS__TRAIN="('cut_train',)",
+        DATASETS__TEST="('cut_val',)",
         DATALOADER__NUM_WORKERS=workers,
         MODEL__RESNETS__NORM="BN",  # or the reference batch meets it first
     )
