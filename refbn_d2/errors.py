@@ -11,7 +11,7 @@ import re
 import sys
 from typing import Callable, Optional
 
-__all__ = ["UserError", "one_line_errors", "quiet_user_errors"]
+__all__ = ["UserError", "one_line_errors", "quiet_user_errors", "user_message"]
 
 
 class UserError(Exception):
@@ -28,7 +28,7 @@ class _NoTraceback(logging.Filter):
         message = None
         error = record.exc_info[1] if record.exc_info else None
         if error is not None and not _debugging():
-            message = _user_message(error)
+            message = user_message(error)
         if message is not None:
             record.msg, record.args = f"{record.getMessage().strip()} {message}", ()
             record.exc_info = record.exc_text = None
@@ -39,7 +39,7 @@ def _debugging() -> bool:
     return os.getenv("REFBN_DEBUG", "0") not in ("", "0")
 
 
-def _user_message(error: BaseException) -> Optional[str]:
+def user_message(error: BaseException) -> Optional[str]:
     """Returns the line to show for an error that the user can correct, or None for other errors.
 
     Errors of worker processes, a full disk, a path that is too long, and a lost connection to
@@ -87,7 +87,7 @@ def one_line_errors(main: Callable) -> Callable:
         try:
             return main(*args, **kwargs)
         except Exception as e:
-            message = _user_message(e)
+            message = user_message(e)
             if message is None or _debugging():
                 raise
             print(f"error: {_shortened(message)}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """The command line of the training tools, with detectron2's options."""
 
+from argparse import Namespace
 from typing import Type
 
 from detectron2.config import CfgNode
@@ -14,10 +15,9 @@ from ..errors import one_line_errors, quiet_user_errors
 from ..log import get_logger
 from .launcher import start
 from .run_folder import check_path, output_errors, run_folder
-from .signals import end_with_parent
 from .trainer import Trainer, setup
 
-__all__ = ["train_command"]
+__all__ = ["train", "train_command"]
 
 logger = get_logger(__name__)
 
@@ -54,20 +54,32 @@ def _evaluate(cfg: CfgNode, resume: bool, trainer_class: Type[Trainer]):
     return results
 
 
-@one_line_errors
-def train_command(trainer_class: Type[Trainer], usage: str) -> None:
-    """Parses the command line, and trains or evaluates in one or several processes.
+def train(trainer_class: Type[Trainer], args: Namespace) -> None:
+    """Trains or evaluates in one or several processes.
 
     Processes are started according to ``--num-gpus`` and ``--num-machines``, or by torchrun or
     srun.
 
     Args:
         trainer_class: Class of the trainer.
-        usage: Text of ``--help`` above the list of options.
+        args: Command line, parsed by detectron2's ``default_argument_parser``.
+
+    Raises:
+        UserError: If something is wrong that the user can correct.
+        SystemExit: If a signal stopped it after it has saved (128 + signal).
     """
-    end_with_parent()
-    args = default_argument_parser(usage).parse_args()
     args.config_file = find_config(args.config_file)
     cfg = load_config(args.config_file, args.opts)
     check_path(cfg.OUTPUT_DIR)
     start(_run, args, cfg.MODEL.DEVICE, (args, cfg, trainer_class))
+
+
+@one_line_errors
+def train_command(trainer_class: Type[Trainer], usage: str) -> None:
+    """Parses the command line and calls :func:`train`; a user's error is one line.
+
+    Args:
+        trainer_class: Class of the trainer.
+        usage: Text of ``--help`` above the list of options.
+    """
+    train(trainer_class, default_argument_parser(usage).parse_args())

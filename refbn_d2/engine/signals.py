@@ -1,31 +1,28 @@
 """On SIGTERM, SIGINT or SIGHUP: finish the step, save, exit with 128 + signal."""
 
+import multiprocessing
 import os
-import re
 import signal
 import threading
-import time
 from types import FrameType
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Callable, Dict, Optional, Union
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from ..errors import UserError
 from ..log import get_logger
 from .checkpoint import Checkpointer
 
-__all__ = ["PARENT", "SIGNALS", "StopOnSignal", "end_with_parent", "handle", "restore"]
+__all__ = ["SIGNALS", "StopOnSignal", "end_with_parent", "handle", "restore"]
 
 logger = get_logger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
-# Environment variable with the id of the parent process, at whose end this process must end.
-PARENT = "REFBN_PARENT"
 
-
-def handle(handler: Callable[[int, Optional[FrameType]], None]) -> Dict[int, Any]:
+def handle(
+    handler: Union[Callable[[int, Optional[FrameType]], None], signal.Handlers],
+) -> Dict[int, Any]:
     """Installs ``handler`` for SIGNALS, except for SIGHUP if it is ignored (nohup).
 
     Returns:
@@ -46,19 +43,17 @@ def restore(previous: Dict[int, Any]) -> None:
 
 
 def end_with_parent() -> None:
-    """Sends SIGTERM to this process when the parent process named by PARENT has ended.
+    """Sends SIGTERM to this process of ``multiprocessing`` when the one that started it has ended.
 
-    This also works if the parent was killed and could not end its children itself.
+    This also works if that process was killed and could not end this one itself. Other processes
+    are left alone.
     """
-    parent = os.environ.pop(PARENT, None)
+    parent = multiprocessing.parent_process()
     if parent is None:
         return
-    if not re.fullmatch("[0-9]+", parent):
-        raise UserError(f"{PARENT} is {parent!r} in the environment: unset it")
 
     def watch():
-        while os.getppid() == int(parent):
-            time.sleep(0.5)
+        parent.join()
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()

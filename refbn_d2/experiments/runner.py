@@ -1,201 +1,149 @@
 """Runs a matrix of experiments: skips finished runs, and continues if a run fails."""
 
 import os
-import queue
-import re
 import signal
-import subprocess
-import sys
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from multiprocessing import forkserver, get_context
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import FrameType
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
-from ..engine.signals import PARENT, SIGNALS, handle, restore
+from ..engine.signals import SIGNALS, handle, restore
 from ..errors import UserError
-from ..io.lock import folder_lock, holder
-from ..weights.convert import convert
+from ..io.lock import folder_lock
 from .matrix import RunSpec
-from .records import BACKBONE, last_metrics, read_record, seed_lock, write_record
+from .process import run_training
+from .records import last_metrics, read_record, seed_lock, write_record
 from .training import Training, trainings_of
 
-__all__ = ["prepare", "run_matrix", "run_trainings", "seed_locks"]
+__all__ = ["prepare", "run_matrix", "seed_locks"]
 
 _GPUS = "CUDA_VISIBLE_DEVICES"
-# By default glibc returns the memory of large tensors to the system, which then clears it again in
-# every step. On a CPU that takes a tenth of the time. 32 MB is the largest threshold of glibc.
-_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
-
-
-class _Failed(Exception):
-    """A training of a run failed; the message is one line."""
-
-
-class _Stopped(Exception):
-    """A training of a run was stopped by a signal, from this or another process, and has saved."""
+# Modules that a training needs, some of them only later. Importing them takes seconds.
+_MODULES = ["refbn_d2.experiments.process", "torch.utils.tensorboard", "hotcoco"]
 
 
 class _Runner:
+    """Runs trainings at the same time, each in its own process.
+
+    Args:
+        output: Output folder of the matrix.
+        num_gpus: Number of GPUs of each training; 0 for the CPU.
+        jobs: Number of simultaneous trainings.
+        progress: Shows how far they are.
+    """
+
     def __init__(self, output: Path, num_gpus: int, jobs: int, progress: Progress):
-        self._output, self._num_gpus, self._progress = output, num_gpus, progress
-        # By PARENT, child processes end when this process ends, even if it is killed.
-        self._env = {**_KEEP_MEMORY, **os.environ, PARENT: str(os.getpid())}
-        # A job of SLURM may have fewer cores than its machine.
-        cores = int(os.environ.get("SLURM_CPUS_ON_NODE") or os.cpu_count() or 1)
-        self._env["OMP_NUM_THREADS"] = str(max(1, cores // jobs))
-        self._gpus = _gpu_sets(num_gpus, jobs)
-        self._children: List[subprocess.Popen] = []
-        self._stop = threading.Event()
+        self._output, self._num_gpus, self._jobs = output, num_gpus, jobs
+        self._progress, self._gpus = progress, _gpu_sets(num_gpus, jobs)
+        self._running: Dict[Training, Tuple[BaseProcess, str, TaskID]] = {}
+        # A process that is forked from one with all imports starts at once. If one of the imports
+        # has initialized CUDA, the fork cannot use it.
+        self._context = get_context("spawn") if num_gpus else get_context("forkserver")
+        if not num_gpus:
+            forkserver.set_forkserver_preload(_MODULES)
+            # A terminal or a scheduler signals all processes. The server reports how the others
+            # end, so it must outlive them.
+            previous = handle(signal.SIG_IGN)
+            forkserver.ensure_running()
+            restore(previous)
 
-    def stop(self) -> None:
-        self._stop.set()
-        for child in self._children:
-            if child.poll() is None:
-                child.terminate()
+    def run(self, trainings: Sequence[Training], signals: Sequence[int]) -> None:
+        """Runs unfinished trainings. After a signal it starts no more, and waits until they saved.
 
-    def run(self, training: Training) -> Dict[str, Any]:
-        """Runs a training unless it is finished; returns its record, which says why it failed."""
-        file = self._output / training.record_file
-        before = read_record(file) if file.exists() else {}
-        if training.is_finished(self._output):
-            return {**before, "status": "finished"}
-        record = training.record()
-        if self._stop.is_set():
-            return {**record, "status": "interrupted"}
-        seconds = before.get("seconds", 0.0)  # of earlier attempts
-        write_record(file, {**record, "status": "running", "seconds": seconds})
-        begin = time.monotonic()
+        Args:
+            trainings: Trainings to run.
+            signals: Numbers of the signals that this process has received; it may grow.
+        """
+        waiting = list(trainings)
         try:
-            self._train(training, record["iterations"])
-            record["status"] = "finished"
-        except (_Failed, _Stopped, UserError) as e:
-            if isinstance(e, _Stopped) or self._stop.is_set():
-                error = "stopped; the same command goes on from the last checkpoint"
-                record.update(status="interrupted", error=error)
-            else:
-                record.update(status="failed", error=str(e))
-        record["seconds"] = round(seconds + time.monotonic() - begin, 1)
-        write_record(file, record)
-        return record
-
-    def _train(self, training: Training, iterations: int) -> None:
-        """Trains in a new process with ``refbn-d2 train`` or ``classify``; converts a backbone."""
-        folder, opts = self._output / training.folder, training.opts()
-        start = training.pretraining
-        if start:
-            if not start.is_finished(self._output):
-                error = read_record(self._output / start.record_file).get("error", "did not finish")
-                raise _Failed(f"pretraining failed: {error}")
-            opts += ["MODEL.WEIGHTS", str(self._output / start.folder / BACKBONE)]
-        device = [] if self._num_gpus else ["MODEL.DEVICE", "cpu"]
-        arguments = ["classify" if training.is_pretraining else "train"]
-        arguments += ["--config-file", training.config, "--num-gpus", str(self._num_gpus)]
-        arguments += ["--resume", "OUTPUT_DIR", str(folder), *device, *opts]
-        task = self._progress.add_task(training.label, total=iterations)
-        gpus = self._gpus.get()
-        try:
-            self._wait_until_free(folder)
-            env = self._env if gpus is None else {**self._env, _GPUS: gpus}
-            self._command(folder, arguments, env, task)
+            while self._running or (waiting and not signals):
+                while waiting and self._gpus and not signals:
+                    self._start(waiting.pop(0))
+                if signals:
+                    self._stop()
+                wait([process.sentinel for process, *_ in self._running.values()], timeout=1)
+                self._update()
         finally:
-            self._gpus.put(gpus)
-            self._progress.remove_task(task)
-        if training.is_pretraining:
-            convert(str(folder / "model_final.pth"), str(folder / BACKBONE))
+            self._stop()
 
-    def _wait_until_free(self, folder: Path) -> None:
-        """Waits for a child of an earlier, killed call, which may still write its checkpoint."""
-        who = holder(folder)
-        if who:
-            _say(self._progress.console, f"waiting: {folder} is in use by {who}")
-        while who and not self._stop.is_set():
-            time.sleep(1)
-            who = holder(folder)
-        if self._stop.is_set():
-            raise _Stopped
+    def _start(self, training: Training) -> None:
+        total = read_record(self._output / training.record_file)["iterations"]
+        arguments = training, self._output, self._num_gpus, self._jobs
+        process = self._context.Process(target=run_training, args=arguments)  # type: ignore
+        gpus = self._gpus.pop()
+        with _environment(_GPUS, gpus):
+            process.start()
+        task = self._progress.add_task(training.label, total=total)
+        self._running[training] = process, gpus, task
 
-    def _command(self, folder: Path, arguments: List[str], env: Dict[str, str], task) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        log = folder / "console.txt"
-        with open(log, "a") as f:
-            begin = f.tell()
-            child = subprocess.Popen(
-                [sys.executable, "-m", "refbn_d2", *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=f,
-                stderr=subprocess.STDOUT,
-                env=env,
-            )
-            self._children.append(child)
-            if self._stop.is_set():  # stop() may not have seen this child
-                child.terminate()
-            while child.poll() is None:
-                try:
-                    child.wait(timeout=1)
-                except subprocess.TimeoutExpired:
-                    done = last_metrics(folder).get("iteration", 0)
-                    self._progress.update(task, completed=done)
-        if _signal(child.returncode) in SIGNALS:
-            raise _Stopped  # a scheduler signals all processes, and this one may be the last
-        if child.returncode != 0:
-            raise _Failed(f"{_reason(child.returncode, log, begin)} (see {log})")
+    def _stop(self) -> None:
+        for process, *_ in self._running.values():
+            process.terminate()
+
+    def _update(self) -> None:
+        for training, (process, gpus, task) in list(self._running.items()):
+            done = last_metrics(self._output / training.folder).get("iteration", 0)
+            self._progress.update(task, completed=done)
+            if process.exitcode is not None:
+                del self._running[training]
+                self._gpus.append(gpus)
+                self._progress.remove_task(task)
+                self._end(self._output / training.record_file, process.exitcode)
+
+    def _end(self, file: Path, status: int) -> None:
+        record = read_record(file)
+        if record["status"] in ("queued", "running"):  # it was killed before it could record that
+            record["status"] = "interrupted" if -status in SIGNALS else "failed"
+            record["error"] = f"{_reason(status)} (see {file.parent / 'console.txt'})"
+            write_record(file, record)
+        folder = file.parent.relative_to(self._output)
+        self._progress.advance(self._progress.task_ids[0])
+        self._progress.console.print(f"{record['status']}: {folder} {record.get('error', '')}")
 
 
-def _gpu_sets(num_gpus: int, jobs: int) -> "queue.Queue[Optional[str]]":
-    """Returns a queue with CUDA_VISIBLE_DEVICES for each simultaneous run; None if unchanged."""
-    sets: "queue.Queue[Optional[str]]" = queue.Queue()
+def _gpu_sets(num_gpus: int, jobs: int) -> List[str]:
+    """Returns the CUDA_VISIBLE_DEVICES of each simultaneous training."""
     visible = os.environ.get(_GPUS)
     gpus = visible.split(",") if visible else [str(n) for n in range(torch.cuda.device_count())]
     if jobs * num_gpus > len(gpus):
         raise UserError(
             f"--jobs {jobs} with --num-gpus {num_gpus}: there are {len(gpus)} GPUs, use fewer"
         )
-    for n in range(jobs):
-        sets.put(",".join(gpus[n * num_gpus : (n + 1) * num_gpus]) if num_gpus else None)
-    return sets
+    return [",".join(gpus[n * num_gpus : (n + 1) * num_gpus]) for n in range(jobs)]
 
 
-def _say(console: Console, line: str) -> None:
-    """Prints a line without rich's markup, which names and messages might contain."""
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """Context manager in which an environment variable has another value."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
-def _signal(status: int) -> int:
-    """Number of the signal that ended a process, 0 or less if none did.
-
-    Args:
-        status: Return code of ``subprocess``: negative for a signal that was not handled, and
-            128 + signal for one that was.
-    """
-    return -status if status < 0 else status - 128
-
-
-def _reason(status: int, log: Path, begin: int) -> str:
-    """Describes in one line why a process failed.
-
-    Args:
-        status: Return code of ``subprocess``, as in :func:`_signal`.
-        log: Path of the file with the output of the process.
-        begin: Offset in the file at which the output of this process begins, in bytes.
-    """
-    number = _signal(status)
-    if number > 0:
-        name = signal.Signals(number).name if number in set(signal.Signals) else str(number)
-        return f"ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-    with open(log, "rb") as f:
-        f.seek(begin)
-        text = f.read().decode(errors="replace")
-    # A progress bar uses \r to rewrite its line.
-    lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
-    errors = [line for line in lines if line.startswith("error: ")]
-    return (errors or lines or ["no output"])[-1]
+def _reason(status: int) -> str:
+    """Describes the exit code of a process of ``multiprocessing``: -N after signal N."""
+    if status >= 0:
+        return f"ended with status {status}"
+    reason = f"ended by signal {-status} ({signal.strsignal(-status)})"
+    return reason + (", out of memory?" if -status == signal.SIGKILL else "")
 
 
 def run_matrix(
@@ -224,7 +172,8 @@ def run_matrix(
     trainings = trainings_of(specs)
     with seed_locks(specs, output):
         prepare(trainings, output)
-        return run_trainings(trainings, output, num_gpus, jobs)[-len(specs) :]
+        _run(trainings, output, num_gpus, jobs)
+    return [read_record(output / Training(spec).record_file) for spec in specs]
 
 
 @contextmanager
@@ -266,50 +215,29 @@ def prepare(trainings: List[Training], output: Path) -> None:
         write_record(file, record)
 
 
-def run_trainings(
-    trainings: List[Training], output: Path, num_gpus: int, jobs: int
-) -> List[Dict[str, Any]]:
-    """Runs pretrainings, then detectors; as :func:`run_matrix`, without its locks and checks.
-
-    Args:
-        trainings: Trainings to run, with the pretrainings first.
-        output, num_gpus, jobs: As in :func:`run_matrix`.
-
-    Returns:
-        The record of each training.
-    """
-    console = Console(stderr=True)
+def _run(trainings: List[Training], output: Path, num_gpus: int, jobs: int) -> None:
+    """Runs the pretrainings that are not finished, then the detectors, which start from them."""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
     )
-    with Progress(*columns, console=console) as progress:
-        runner = _Runner(output, num_gpus, jobs, progress)
-        overall = progress.add_task("all runs", total=len(trainings))
-
-        def run(training: Training) -> Dict[str, Any]:
-            record = runner.run(training)
-            progress.advance(overall)
-            _say(console, f"{record['status']}: {training.folder} {record.get('error', '')}")
-            return record
-
-        previous = handle(_stopped)
-        try:
-            with ThreadPoolExecutor(jobs) as pool:
-                try:
-                    # Detectors start from the result of a pretraining.
-                    first = list(pool.map(run, [t for t in trainings if t.is_pretraining]))
-                    return first + list(pool.map(run, trainings[len(first) :]))
-                except BaseException:
-                    runner.stop()  # the pool waits until the children have saved
-                    raise
-        finally:
-            restore(previous)
-
-
-def _stopped(signum: int, frame: Optional[FrameType]) -> None:
-    if signum == signal.SIGINT:
+    # Names and messages might contain rich's markup.
+    console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    received: List[int] = []
+    previous = handle(lambda signum, frame: received.append(signum))
+    try:
+        with Progress(*columns, console=console) as progress:
+            todo = [t for t in trainings if not t.is_finished(output)]
+            done = len(trainings) - len(todo)
+            progress.add_task("all runs", total=len(trainings), completed=done)
+            runner = _Runner(output, num_gpus, jobs, progress)
+            runner.run([t for t in todo if t.is_pretraining], received)
+            runner.run([t for t in todo if not t.is_pretraining], received)
+    finally:
+        restore(previous)
+    if signal.SIGINT in received:
         raise KeyboardInterrupt
-    raise SystemExit(128 + signum)
+    if received:
+        raise SystemExit(128 + received[0])

@@ -11,8 +11,9 @@ from typing import Any, Dict, List, Mapping, Optional
 from ..errors import UserError
 from ..extras import needs_extra
 from .matrix import RunSpec
+from .process import run_training
 from .records import JOB, read_record, write_record
-from .runner import prepare, run_trainings, seed_locks
+from .runner import prepare, seed_locks
 from .status import JOBS, is_live, job_of, scheduler
 from .training import Training, trainings_of
 
@@ -103,16 +104,14 @@ def _run(training: Training, output: Path, num_gpus: int) -> None:
     """Function of a job: runs one training.
 
     Raises:
-        SystemExit: If it failed (1), or was stopped by a signal (128 + signal).
+        SystemExit: If it did not finish.
     """
-    folder, record = output / training.folder, output / training.record_file
+    folder = output / training.folder
     before = _last_checkpoint(folder)
-    try:
-        run_trainings([training], output, num_gpus, jobs=1)
-    except SystemExit:
-        _queue_again(record, before != _last_checkpoint(folder))
-        raise
-    if read_record(record).get("status") != "finished":
+    status = run_training(training, output, num_gpus)["status"]
+    if status == "interrupted":
+        _queue_again(output / training.record_file, before != _last_checkpoint(folder))
+    if status != "finished":
         sys.exit(1)
 
 

@@ -1,5 +1,6 @@
-"""The runner and its child processes: failures, GPUs, unusual names, and how it ends."""
+"""The runner and the processes of its runs: failures, GPUs, unusual names, and how it ends."""
 
+import functools
 import json
 import os
 import signal
@@ -8,15 +9,16 @@ import sys
 import threading
 import time
 
+import processes
 import pytest
 import tiny
 import yaml
 
 from refbn_d2.errors import UserError
-from refbn_d2.experiments import runner
+from refbn_d2.experiments import process, runner
 from refbn_d2.experiments.matrix import load_matrix
 from refbn_d2.experiments.runner import run_matrix
-from refbn_d2.io.lock import folder_lock
+from refbn_d2.io.lock import folder_lock, holder
 
 BASE = str(tiny.ROOT / "configs/Quick/Base-mask_rcnn_R_50_C4_quick.yaml")
 
@@ -27,76 +29,128 @@ def _specs(folder, **content):
     return load_matrix(str(path))
 
 
-@pytest.fixture
-def child(monkeypatch, tmp_path):
-    """Replaces the training that the runner starts by a shell script: its arguments are $@."""
+def _run(action, *args):
+    """What a process of a run does, with ``action(folder, opts)`` for the training itself."""
+    process._train = lambda t, output, num_gpus: action(output / t.folder, t.opts())
+    process.run_training(*args)
 
-    def use(script: str) -> None:
-        file = tmp_path / "python"
-        file.write_text(f'#!/bin/bash\nwhile [ "$1" != OUTPUT_DIR ]; do shift; done\n{script}\n')
-        file.chmod(0o755)
-        monkeypatch.setattr(sys, "executable", str(file))
+
+@pytest.fixture
+def child(monkeypatch):
+    """Replaces the training in the processes that the runner starts."""
+
+    def use(action) -> None:
+        monkeypatch.setattr(runner, "run_training", functools.partial(_run, action))
 
     return use
+
+
+def _nothing(folder, opts):
+    pass
 
 
 def _record(output, spec):
     return json.loads((output / spec.folder / "run.json").read_text())
 
 
+def _fail_with_seed_1(folder, opts):
+    if opts[opts.index("SEED") + 1] == "1":
+        raise UserError("no [/such] thing in [red")
+
+
 @pytest.mark.parametrize("name", ["BN [/x]", "[bold]BN", "[link=http://x]", "$x$"])
 def test_names_and_messages_are_no_markup(tmp_path, child, capfd, name):
-    """A run that fails with brackets in its last line does not end the others."""
-    child('case "$*" in *"SEED 1"*) echo "error: no [/such] thing in [red"; exit 1;; esac')
+    """A run that fails with brackets in its message does not end the others."""
+    child(_fail_with_seed_1)
     specs = _specs(tmp_path, NORMS=[{"name": name, "norm": "BN"}], SEEDS=[1, 2])
     first, second = run_matrix(specs, tmp_path / "out", 0, 1)
     assert (first["status"], second["status"]) == ("failed", "finished")
     assert "no [/such] thing in [red" in capfd.readouterr().err.replace("\n", " ")
-    assert _record(tmp_path / "out", specs[0])["error"].startswith(
-        "error: no [/such] thing in [red ("
-    )
+    assert _record(tmp_path / "out", specs[0])["error"] == "no [/such] thing in [red"
+
+
+def _users_error(folder, opts):
+    print("begin")
+    raise UserError("the reason")
+
+
+def _crash(folder, opts):
+    print(1 / 0)
+
+
+def _two_lines(folder, opts):
+    raise RuntimeError("first\nlast\n\n")
+
+
+def _send(signum, folder, opts):
+    os.kill(os.getpid(), signum)
+
+
+def _exit(status, folder, opts):
+    os._exit(status)
 
 
 @pytest.mark.parametrize(
-    "script, reason",
+    "action, reason",
     [
+        (_users_error, "the reason"),
+        (_crash, "ZeroDivisionError: division by zero (see LOG)"),
+        (_two_lines, "last (see LOG)"),
+        (functools.partial(_exit, 3), "ended with status 3 (see LOG)"),
         (
-            "echo begin; echo 'error: the reason'; printf ' 10%%\\r 20%%'; exit 1",
-            "error: the reason",
+            functools.partial(_send, signal.SIGKILL),
+            "ended by signal 9 (Killed), out of memory? (see LOG)",
         ),
-        ("echo first; echo last; exit 3", "last"),
-        ("exit 1", "no output"),
-        ("echo x; kill -9 $$", "ended by SIGKILL (out of memory?)"),
-        ("exit 137", "ended by SIGKILL (out of memory?)"),
-        ("kill -SEGV $$", "ended by SIGSEGV"),
+        (
+            functools.partial(_send, signal.SIGSEGV),
+            "ended by signal 11 (Segmentation fault) (see LOG)",
+        ),
     ],
 )
-def test_the_reason_of_a_failure(tmp_path, child, script, reason):
+def test_the_reason_of_a_failure(tmp_path, child, action, reason):
     specs = _specs(tmp_path)
-    child(script)
+    child(action)
     (record,) = run_matrix(specs, tmp_path / "out", 0, 1)
     log = tmp_path / "out" / specs[0].folder / "console.txt"
-    assert record["error"] == f"{reason} (see {log})"
+    assert record["status"] == "failed" and record["error"] == reason.replace("LOG", str(log))
+    assert record == _record(tmp_path / "out", specs[0])
+    assert ("Traceback" in log.read_text()) == (action in (_crash, _two_lines))
     # A second call tries again, and says nothing of the first.
-    child("echo 'error: another'; exit 1")
-    (record,) = run_matrix(specs, tmp_path / "out", 0, 1)
-    assert record["error"] == f"error: another (see {log})" and record["seconds"] >= 0
+    child(_nothing)
+    (again,) = run_matrix(specs, tmp_path / "out", 0, 1)
+    assert again["status"] == "finished" and "error" not in again
+    assert again["seconds"] >= record["seconds"]
 
 
-@pytest.mark.parametrize("script", ["exit 143", "kill -TERM $$", "exit 129"])
-def test_a_training_that_somebody_told_to_end_was_stopped(tmp_path, child, script):
+def _exit_after_sigterm(folder, opts):
+    sys.exit(128 + signal.SIGTERM)
+
+
+def _end_by_sigterm(folder, opts):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    "action", [_exit_after_sigterm, _end_by_sigterm, functools.partial(_send, signal.SIGINT)]
+)
+def test_a_training_that_somebody_told_to_end_was_stopped(tmp_path, child, action):
     """A scheduler tells all processes of a job, and a training may end before its runner."""
-    child(script)
-    first, second = run_matrix(_specs(tmp_path, SEEDS=[1, 2]), tmp_path / "out", 0, 1)
-    assert first["status"] == second["status"] == "interrupted"
-    assert first["error"] == "stopped; the same command goes on from the last checkpoint"
+    child(action)
+    records = run_matrix(_specs(tmp_path, SEEDS=[1, 2]), tmp_path / "out", 0, 1)
+    assert [r["status"] for r in records] == ["interrupted"] * 2
+
+
+def _show_gpus(folder, opts):
+    (folder / "gpus").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+    while not (folder.parents[3] / "GO").exists():
+        time.sleep(0.02)
 
 
 def test_each_run_has_gpus_of_its_own(tmp_path, child, monkeypatch):
     """Two at a time on GPUs 4 to 7: never do two that overlap in time share one."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    child('echo "$CUDA_VISIBLE_DEVICES" > "$2/gpus"; while [ ! -e GO ]; do sleep 0.02; done')
-    monkeypatch.chdir(tmp_path)
+    child(_show_gpus)
     specs = _specs(tmp_path, SEEDS=[1, 2])
 
     def go():
@@ -107,18 +161,25 @@ def test_each_run_has_gpus_of_its_own(tmp_path, child, monkeypatch):
 
     threading.Thread(target=go, daemon=True).start()
     run_matrix(specs, tmp_path / "out", 2, 2)
-    used = {(tmp_path / "out" / s.folder / "gpus").read_text().strip() for s in specs}
-    assert used == {"4,5", "6,7"}
+    used = {(tmp_path / "out" / s.folder / "gpus").read_text() for s in specs}
+    assert used == {"4,5", "6,7"} and os.environ["CUDA_VISIBLE_DEVICES"] == "4,5,6,7"
     with pytest.raises(UserError, match="--jobs 3 with --num-gpus 2: there are 4 GPUs"):
         run_matrix(specs, tmp_path / "out", 2, 3)
 
 
+def _save_when_told(folder, opts):
+    try:
+        (folder / "started").touch()
+        time.sleep(60)
+    except SystemExit as e:
+        time.sleep(1.5)  # by now it was told again
+        (folder / "saved").write_text(str(e.code))
+        raise
+
+
 @pytest.mark.parametrize("signum, status", [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_told_to_end_it_lets_its_children_save(tmp_path, child, signum, status):
-    child(
-        'trap "echo saved > $2/saved; exit 143" TERM\n'
-        'echo "   7%|progress"; touch "$2/started"; while true; do sleep 0.05; done'
-    )
+def test_told_to_end_it_lets_its_runs_save(tmp_path, child, signum, status):
+    child(_save_when_told)
     specs = _specs(tmp_path, SEEDS=[1, 2])
     folder = tmp_path / "out" / specs[0].folder
 
@@ -132,21 +193,61 @@ def test_told_to_end_it_lets_its_children_save(tmp_path, child, signum, status):
     with pytest.raises(SystemExit) as e:
         run_matrix(specs, tmp_path / "out", 0, 1)
     assert e.value.code == status and signal.getsignal(signum) == before
-    assert (folder / "saved").exists()
+    assert (folder / "saved").read_text() == "143"
     assert _record(tmp_path / "out", specs[1])["status"] == "queued"  # it never began
     record = _record(tmp_path / "out", specs[0])
     assert record["status"] == "interrupted" and record["error"].startswith("stopped; ")
-    child("exit 0")
+    child(_nothing)
     records = run_matrix(specs, tmp_path / "out", 0, 1)
     assert [r["status"] for r in records] == ["finished"] * 2 and "error" not in records[0]
 
 
-def test_a_run_that_an_orphan_still_has_is_waited_for(tmp_path, child, monkeypatch):
-    looks = ["process 7 on node3", "process 7 on node3", None]
-    monkeypatch.setattr(runner, "holder", lambda folder: looks.pop(0))
-    child("exit 0")
-    (record,) = run_matrix(_specs(tmp_path), tmp_path / "out", 0, 1)
-    assert record["status"] == "finished" and not looks
+def _run_matrix_in_a_group(folder):
+    os.setpgrp()
+    runner.run_training = functools.partial(_run, _save_when_told)
+    run_matrix(_specs(folder), folder / "out", 0, 1)
+
+
+def test_a_signal_to_all_processes_is_waited_for(tmp_path):
+    """As a scheduler, or a terminal that is closed, sends it."""
+    call = processes.start(_run_matrix_in_a_group, tmp_path)
+    (spec,) = _specs(tmp_path)
+    folder = tmp_path / "out" / spec.folder
+    while not (folder / "started").exists() and call.is_alive():
+        time.sleep(0.02)
+    os.killpg(call.pid, signal.SIGTERM)
+    call.join()
+    assert call.exitcode == 143 and (folder / "saved").read_text() == "143"
+    assert _record(tmp_path / "out", spec)["status"] == "interrupted"
+
+
+def _write_for_a_while(folder):
+    with folder_lock(folder):
+        (folder / "writing").touch()
+        while '"running"' not in (folder / "run.json").read_text():
+            time.sleep(0.02)
+        time.sleep(0.5)
+        (folder / "written").touch()
+
+
+def _needs_what_was_written(folder, opts):
+    assert (folder / "written").exists()
+
+
+def test_a_run_that_an_orphan_still_has_is_waited_for(tmp_path, child):
+    specs = _specs(tmp_path)
+    folder = tmp_path / "out" / specs[0].folder
+    child(_nothing)
+    run_matrix(specs, tmp_path / "out", 0, 1)
+    record = _record(tmp_path / "out", specs[0])
+    (folder / "run.json").write_text(json.dumps({**record, "status": "queued"}))
+    orphan = processes.start(_write_for_a_while, folder)
+    while not (folder / "writing").exists():
+        time.sleep(0.02)
+    child(_needs_what_was_written)
+    (record,) = run_matrix(specs, tmp_path / "out", 0, 1)
+    orphan.join()
+    assert record["status"] == "finished", record
 
 
 def test_killed_its_training_ends_and_keeps_its_state(tmp_path, tiny_data):
@@ -166,17 +267,17 @@ def test_killed_its_training_ends_and_keeps_its_state(tmp_path, tiny_data):
     while not (output / spec.folder / "reference.json").exists() and first.poll() is None:
         time.sleep(0.05)
     assert first.poll() is None, first.communicate()
-    assert runner.holder(output / spec.folder)
+    assert holder(output / spec.folder)
     second = subprocess.run(command, **options)
     assert second.returncode == 1
     assert f"error: {output} is in use by process {first.pid} on" in second.stderr
     first.kill()
     first.communicate()
     for _ in range(3000):
-        if runner.holder(output / spec.folder) is None:
+        if holder(output / spec.folder) is None:
             break
         time.sleep(0.02)
-    assert runner.holder(output / spec.folder) is None
+    assert holder(output / spec.folder) is None
     log = (output / spec.folder / "console.txt").read_text()
     assert "SIGTERM: stopped after iteration" in log and list(
         (output / spec.folder).glob("model_*")
@@ -190,7 +291,7 @@ def test_a_matrix_without_an_evaluation_is_refused(tmp_path):
 
 def test_two_calls_may_take_different_seeds_of_one_output(tmp_path, child):
     """As on two machines; those that share a seed are refused (see above, with real processes)."""
-    child("exit 0")
+    child(_nothing)
     output = tmp_path / "out"
     with folder_lock(output, name=".lock_seed2"):
         records = run_matrix(_specs(tmp_path, SEEDS=[1]), output, 0, 1)

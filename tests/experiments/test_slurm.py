@@ -18,7 +18,6 @@ from dev import slurm
 from refbn_d2.errors import UserError
 from refbn_d2.experiments.matrix import load_matrix
 from refbn_d2.experiments.records import last_metrics
-from refbn_d2.experiments.runner import run_matrix
 from refbn_d2.experiments.slurm import submit_matrix
 from refbn_d2.experiments.status import (
     cancel,
@@ -93,7 +92,7 @@ def _parent(process):
 
 
 def test_four_runs_by_the_commands(env, tmp_path):
-    specs = _matrix(tmp_path, 2, NORMS=["BN", "RefBN"], SEEDS=[1, 2])
+    specs = _matrix(tmp_path, STEPS, NORMS=["BN", "RefBN"], SEEDS=[1, 2])
     output = tmp_path / "out"
     compare = [sys.executable, "-m", "refbn_d2", "compare"]
     command = [*compare, "run", str(tmp_path / "matrix.yaml"), "--output", str(output)]
@@ -132,9 +131,8 @@ def test_interrupted_three_times_it_ends_bit_identical(env, tmp_path):
     node = _show(folder)["NodeList"]
     # From the machine's daemon down to the training, so that nobody can tell anybody.
     training = int((folder / ".lock").read_text().split()[0])
-    runner = _parent(training)
     daemon = int((Path(env["SLURM_CONF"]).parent / f"slurmd.{node}.pid").read_text())
-    for process in (daemon, _parent(runner), runner, training):
+    for process in (daemon, _parent(training), training):
         os.kill(process, signal.SIGKILL)
     _wait(lambda: _show(folder)["Restarts"] == "3")  # SLURM has missed the machine
     assert "down" in _ask("sinfo", "--noheader", "--format=%t", f"--nodes={node}")
@@ -143,8 +141,8 @@ def test_interrupted_three_times_it_ends_bit_identical(env, tmp_path):
     (stage,) = find_stages(tmp_path / "out")
     assert (stage.status, _show(folder)["Restarts"]) == ("done", "3"), stage
     # A job has one core here: rounding depends on the number of threads.
-    (record,) = run_matrix(specs, tmp_path / "local", 0, os.cpu_count())
-    assert record["status"] == "finished"
+    command = [sys.executable, "-m", "refbn_d2", "compare", "run", str(tmp_path / "matrix.yaml")]
+    _ask(*command, "--output", str(tmp_path / "local"), "--jobs", str(os.cpu_count()))
     ours, theirs = (
         torch.load(x / spec.folder / "model_final.pth", weights_only=True)
         for x in (tmp_path / "out", tmp_path / "local")

@@ -13,6 +13,7 @@ import tiny
 import yaml
 
 from refbn_d2.errors import UserError
+from refbn_d2.experiments import process, runner
 from refbn_d2.experiments.matrix import load_matrix
 from refbn_d2.experiments.runner import run_matrix
 from refbn_d2.experiments.slurm import submit_matrix
@@ -28,12 +29,15 @@ def specs(tmp_path):
     return load_matrix(str(path))
 
 
+def _wait(*args):
+    """What a process of a run does, with a pause for the training itself."""
+    process._train = lambda *_: time.sleep(60)
+    process.run_training(*args)
+
+
 def test_a_local_matrix_is_seen_and_cancelled_from_outside(tmp_path, specs, monkeypatch):
-    output, python = tmp_path / "out", sys.executable
-    file = tmp_path / "python"
-    file.write_text('#!/bin/bash\ntrap "exit 143" TERM\nwhile true; do sleep 0.05; done\n')
-    file.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(file))
+    output = tmp_path / "out"
+    monkeypatch.setattr(runner, "run_training", _wait)
     # Another process asks: this one has the locks, and would lose them by asking.
     code = (
         "import sys; from pathlib import Path; from refbn_d2.experiments.status import *\n"
@@ -42,12 +46,13 @@ def test_a_local_matrix_is_seen_and_cancelled_from_outside(tmp_path, specs, monk
     said = []
 
     def ask():
-        while not (output / specs[0].folder / "console.txt").exists():
+        file = output / specs[0].folder / "run.json"
+        while not file.exists() or '"running"' not in file.read_text():
             time.sleep(0.02)
         (output / specs[0].folder / "metrics.json").write_text(
             '{"iteration": 19, "eta_seconds": 7}'
         )
-        command = [python, "-c", code, str(output)]
+        command = [sys.executable, "-c", code, str(output)]
         said.append(subprocess.run(command, capture_output=True, text=True, env=tiny.environment()))
         if said[0].returncode:
             os.kill(os.getpid(), signal.SIGTERM)
