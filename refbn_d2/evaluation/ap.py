@@ -157,6 +157,8 @@ def _by_category(
         scorer = hotcoco.COCOeval(gt.coco, found, iou_type)
         scorer.params.max_dets = [MAX_DETECTIONS]
         scorer.params.cat_ids = [category]
+        # Without APs, APm and APl this takes a third of the time.
+        scorer.params.area_rng, scorer.params.area_rng_lbl = [[0, 1e10]], ["all"]
         scorer.evaluate()
         slices = scorer.slice_by(names)
         ap = np.array([slices[name]["AP"] for name in names], dtype=float)
