@@ -45,12 +45,13 @@ def run_training(training: Training, output: Path, num_gpus: int, jobs: int = 1)
     with open(log, "a") as f:
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
-    handle(_stopped)
-    end_with_parent()
     record = read_record(file)
+    record.pop("error", None)  # of an earlier attempt
     begin = time.monotonic() - record["seconds"]  # of earlier attempts
     write_record(file, {**record, "status": "running"})
     try:
+        handle(_stopped)
+        end_with_parent()
         # A process of an earlier, killed call may still be writing its checkpoint.
         with folder_lock(log.parent, wait=True):
             pass
@@ -109,4 +110,6 @@ def _share_cpu(jobs: int) -> None:
 
 def _stopped(signum: int, frame: Optional[FrameType]) -> None:
     handle(signal.SIG_IGN)  # the same signal may come from a terminal and from the parent process
+    if signum == signal.SIGINT:
+        raise KeyboardInterrupt  # the workers of a data loader, which inherit this, expect it
     raise SystemExit(128 + signum)

@@ -50,14 +50,15 @@ class _Runner:
         self._progress, self._gpus = progress, _gpu_sets(num_gpus, jobs)
         self._running: Dict[Training, Tuple[BaseProcess, str, TaskID]] = {}
         # A process that is forked from one with all imports starts at once. If one of the imports
-        # has initialized CUDA, the fork cannot use it.
+        # has looked for a GPU, the fork cannot use it.
         self._context = get_context("spawn") if num_gpus else get_context("forkserver")
         if not num_gpus:
             forkserver.set_forkserver_preload(_MODULES)
             # A terminal or a scheduler signals all processes. The server reports how the others
             # end, so it must outlive them.
             previous = handle(signal.SIG_IGN)
-            forkserver.ensure_running()
+            with _environment(_GPUS, ""):
+                forkserver.ensure_running()
             restore(previous)
 
     def run(self, trainings: Sequence[Training], signals: Sequence[int]) -> None:

@@ -17,7 +17,7 @@ import yaml
 from dev import slurm
 from refbn_d2.errors import UserError
 from refbn_d2.experiments.matrix import load_matrix
-from refbn_d2.experiments.records import last_metrics
+from refbn_d2.experiments.records import last_metrics, read_record
 from refbn_d2.experiments.slurm import submit_matrix
 from refbn_d2.experiments.status import (
     cancel,
@@ -140,6 +140,7 @@ def test_interrupted_three_times_it_ends_bit_identical(env, tmp_path):
     slurm.start_node(node, env)
     (stage,) = find_stages(tmp_path / "out")
     assert (stage.status, _show(folder)["Restarts"]) == ("done", "3"), stage
+    assert "error" not in read_record(folder / "run.json")
     # A job has one core here: rounding depends on the number of threads.
     command = [sys.executable, "-m", "refbn_d2", "compare", "run", str(tmp_path / "matrix.yaml")]
     _ask(*command, "--output", str(tmp_path / "local"), "--jobs", str(os.cpu_count()))
