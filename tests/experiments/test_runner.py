@@ -2,6 +2,7 @@
 
 import functools
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import time
 import processes
 import pytest
 import tiny
+import torch
 import yaml
 
 from refbn_d2.errors import UserError
@@ -139,6 +141,22 @@ def test_a_training_that_somebody_told_to_end_was_stopped(tmp_path, child, actio
     child(action)
     records = run_matrix(_specs(tmp_path, SEEDS=[1, 2]), tmp_path / "out", 0, 1)
     assert [r["status"] for r in records] == ["interrupted"] * 2
+
+
+def _write_threads(folder, opts):
+    (folder / "threads").write_text(
+        f"{torch.get_num_threads()} {multiprocessing.get_start_method()}"
+    )
+
+
+def test_runs_share_the_cores(tmp_path, child):
+    """Threads that wait for a core spin; and a loader's workers are forked, as in a command."""
+    child(_write_threads)
+    specs = _specs(tmp_path, SEEDS=[1, 2])
+    run_matrix(specs, tmp_path / "out", 0, 2)
+    threads = max(1, os.cpu_count() // 2)
+    for spec in specs:
+        assert (tmp_path / "out" / spec.folder / "threads").read_text() == f"{threads} fork"
 
 
 def _show_gpus(folder, opts):
