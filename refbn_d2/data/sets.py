@@ -152,7 +152,6 @@ def _load(
     if key in _KEPT and _KEPT[key][0] == state:
         return _KEPT[key][1]
     loaded = {name: load_dicts(name, cfg, evaluated or name in cfg.DATASETS.TEST) for name in names}
-    catalog = SimpleNamespace(get=loaded.__getitem__)
     total = sum(map(len, loaded.values()))
     objects = [
         a
@@ -175,7 +174,7 @@ def _load(
             "them, or set MODEL.KEYPOINT_ON False"
         )
     del objects
-    with exchanged("detectron2.data.build:DatasetCatalog", catalog):
+    with exchanged("detectron2.data.build:DatasetCatalog", loaded):
         dicts = get_detection_dataset_dicts(
             names, filter_empty, min_keypoints, proposal_files, check_consistency=False
         )
@@ -229,8 +228,7 @@ def make_coco_file(cfg: CfgNode, name: str, folder: str) -> None:
                 f"data set {name}: image_id {d['image_id']!r} is not a whole number, which its "
                 "evaluation needs"
             )
-    catalog = SimpleNamespace(get=lambda _: dicts)
-    with exchanged("detectron2.data.datasets.coco:DatasetCatalog", catalog):
+    with exchanged("detectron2.data.datasets.coco:DatasetCatalog", {name: dicts}):
         content = coco.convert_to_coco_dict(name)
     content.setdefault("annotations", [])
     keep_content(path, content)
