@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog, build
 from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import BoxMode
 from pycocotools import coco as pycoco
 from pycocotools import mask as mask_util
 
 from refbn_d2.config import load_config
+from refbn_d2.data import sets
 from refbn_d2.data.annotations import contents, plain_dicts
 from refbn_d2.data.checks import class_names, set_num_classes
 from refbn_d2.data.coco_json import read_coco
@@ -84,6 +85,21 @@ def test_loader_and_reference_have_one_copy(tiny_data):
     assert loader._dataset is load_train_set(cfg).dicts
     assert load_test_set(cfg, "tiny_val") is load_test_set(cfg, "tiny_val")
     assert len(load_test_set(cfg, "tiny_val").dicts) == 3
+
+
+def test_upstreams_loader_may_ask_the_catalog_for_its_names(made, tmp_path, tiny_data, monkeypatch):
+    """As that of detectron2's main branch does, before it takes the data sets."""
+    file = tmp_path / "made.json"
+    file.write_text((tiny_data / "coco/annotations/instances_train2017.json").read_text())
+    made("made_train", file, tiny_data / "coco/train2017")
+    load = sets.get_detection_dataset_dicts
+
+    def ask(names, *args, **kwargs):
+        assert set(names).issubset(build.DatasetCatalog.keys())
+        return load(names, *args, **kwargs)
+
+    monkeypatch.setattr(sets, "get_detection_dataset_dicts", ask)
+    assert len(load_train_set(_config(DATASETS__TRAIN="('made_train',)")).dicts) == 12
 
 
 def test_what_was_read_for_training_is_freed(made, tmp_path, tiny_data):
