@@ -27,7 +27,7 @@ class _NoTraceback(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         message = None
         error = record.exc_info[1] if record.exc_info else None
-        if error is not None and not _debugging():
+        if error is not None:
             message = user_message(error)
         if message is not None:
             record.msg, record.args = f"{record.getMessage().strip()} {message}", ()
@@ -43,8 +43,10 @@ def user_message(error: BaseException) -> Optional[str]:
     """Returns the line to show for an error that the user can correct, or None for other errors.
 
     Errors of worker processes, a full disk, a path that is too long, and a lost connection to
-    another process also have a line.
+    another process also have a line. With REFBN_DEBUG=1 in the environment no error has one.
     """
+    if _debugging():
+        return None
     # Worker processes (data loader, launch) put the remote traceback into the message.
     remote = re.findall(r"^(?:refbn_d2[\w.]*)?\bU\w+Error: (.*)$", str(error), flags=re.MULTILINE)
     if remote:
@@ -88,7 +90,7 @@ def one_line_errors(main: Callable) -> Callable:
             return main(*args, **kwargs)
         except Exception as e:
             message = user_message(e)
-            if message is None or _debugging():
+            if message is None:
                 raise
             print(f"error: {_shortened(message)}", file=sys.stderr)
             sys.exit(1)

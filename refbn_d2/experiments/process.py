@@ -20,7 +20,7 @@ from ..engine.signals import end_with_parent, handle
 from ..errors import UserError, user_message
 from ..io.lock import folder_lock
 from ..weights.convert import convert
-from .records import BACKBONE, read_record, write_record
+from .records import BACKBONE, STOPPED, read_record, write_record
 from .training import Training
 
 __all__ = ["run_training"]
@@ -59,8 +59,7 @@ def run_training(training: Training, output: Path, num_gpus: int, jobs: int = 1)
         _train(training, output, num_gpus)
         record["status"] = "finished"
     except (KeyboardInterrupt, SystemExit):
-        record["status"] = "interrupted"
-        record["error"] = "stopped; the same command goes on from the last checkpoint"
+        record.update(status="interrupted", error=STOPPED)
     except Exception as e:
         error = user_message(e)
         if error is None:

@@ -13,6 +13,7 @@ __all__ = [
     "JOB",
     "PRETRAINING",
     "RUN",
+    "STOPPED",
     "last_metrics",
     "read_record",
     "seed_lock",
@@ -24,6 +25,8 @@ __all__ = [
 RUN, PRETRAINING, JOB = "run.json", "pretraining.json", "slurm.json"
 # Result of a finished pretraining: the weights from which its detectors start.
 BACKBONE = "backbone.pth"
+# Error in the record of a training that was told to end.
+STOPPED = "stopped; the same command goes on from the last checkpoint"
 
 _SEED_LOCK = ".lock_seed"
 

@@ -25,7 +25,7 @@ from ..errors import UserError
 from ..io.lock import folder_lock
 from .matrix import RunSpec
 from .process import run_training
-from .records import last_metrics, read_record, seed_lock, write_record
+from .records import STOPPED, last_metrics, read_record, seed_lock, write_record
 from .training import Training, trainings_of
 
 __all__ = ["prepare", "run_matrix", "seed_locks"]
@@ -107,8 +107,11 @@ class _Runner:
     def _end(self, file: Path, status: int) -> None:
         record = read_record(file)
         if record["status"] in ("queued", "running"):  # it was killed before it could record that
-            record["status"] = "interrupted" if -status in SIGNALS else "failed"
-            record["error"] = f"{_reason(status)} (see {file.parent / 'console.txt'})"
+            if -status in SIGNALS:
+                record.update(status="interrupted", error=STOPPED)
+            else:
+                error = f"{_reason(status)} (see {file.parent / 'console.txt'})"
+                record.update(status="failed", error=error)
             write_record(file, record)
         folder = file.parent.relative_to(self._output)
         self._progress.advance(self._progress.task_ids[0])

@@ -141,6 +141,7 @@ def test_a_training_that_somebody_told_to_end_was_stopped(tmp_path, child, actio
     child(action)
     records = run_matrix(_specs(tmp_path, SEEDS=[1, 2]), tmp_path / "out", 0, 1)
     assert [r["status"] for r in records] == ["interrupted"] * 2
+    assert records[0]["error"] == "stopped; the same command goes on from the last checkpoint"
 
 
 def _write_threads(folder, opts):
