@@ -41,13 +41,13 @@ class _Runner:
     Args:
         output: Output folder of the matrix.
         num_gpus: Number of GPUs of each training; 0 for the CPU.
-        jobs: Number of simultaneous trainings.
+        gpus: CUDA_VISIBLE_DEVICES of each simultaneous training.
         progress: Shows how far they are.
     """
 
-    def __init__(self, output: Path, num_gpus: int, jobs: int, progress: Progress):
-        self._output, self._num_gpus, self._jobs = output, num_gpus, jobs
-        self._progress, self._gpus = progress, _gpu_sets(num_gpus, jobs)
+    def __init__(self, output: Path, num_gpus: int, gpus: List[str], progress: Progress):
+        self._output, self._num_gpus, self._jobs = output, num_gpus, len(gpus)
+        self._progress, self._gpus = progress, gpus
         self._running: Dict[Training, Tuple[BaseProcess, str, TaskID]] = {}
         # A process that is forked from one with all imports starts at once. If one of the imports
         # has looked for a GPU, the fork cannot use it.
@@ -172,11 +172,11 @@ def run_matrix(
         UserError: If ``output`` contains one of the runs with another config, if another process
             runs one of the seeds in it, or if there are not enough GPUs.
     """
-    _gpu_sets(num_gpus, jobs)  # raises an error for too few GPUs, before anything is written
+    gpus = _gpu_sets(num_gpus, jobs)  # before anything is written, because there may be too few
     trainings = trainings_of(specs)
     with seed_locks(specs, output):
         prepare(trainings, output)
-        _run(trainings, output, num_gpus, jobs)
+        _run(trainings, output, num_gpus, gpus)
     return [read_record(output / Training(spec).record_file) for spec in specs]
 
 
@@ -219,7 +219,7 @@ def prepare(trainings: List[Training], output: Path) -> None:
         write_record(file, record)
 
 
-def _run(trainings: List[Training], output: Path, num_gpus: int, jobs: int) -> None:
+def _run(trainings: List[Training], output: Path, num_gpus: int, gpus: List[str]) -> None:
     """Runs the pretrainings that are not finished, then the detectors, which start from them."""
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -236,7 +236,7 @@ def _run(trainings: List[Training], output: Path, num_gpus: int, jobs: int) -> N
             todo = [t for t in trainings if not t.is_finished(output)]
             done = len(trainings) - len(todo)
             progress.add_task("all runs", total=len(trainings), completed=done)
-            runner = _Runner(output, num_gpus, jobs, progress)
+            runner = _Runner(output, num_gpus, gpus, progress)
             runner.run([t for t in todo if t.is_pretraining], received)
             runner.run([t for t in todo if not t.is_pretraining], received)
     finally:
