@@ -11,14 +11,8 @@ from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.markup import escape
+from rich.progress import MofNCompleteColumn, Progress, TaskID
 
 from ..engine.signals import SIGNALS, handle, restore
 from ..errors import UserError
@@ -87,7 +81,7 @@ class _Runner:
         gpus = self._gpus.pop()
         with _environment(_GPUS, gpus):
             process.start()
-        task = self._progress.add_task(training.label, total=total)
+        task = self._progress.add_task(escape(training.label), total=total)
         self._running[training] = process, gpus, task
 
     def _stop(self) -> None:
@@ -221,14 +215,9 @@ def prepare(trainings: List[Training], output: Path) -> None:
 
 def _run(trainings: List[Training], output: Path, num_gpus: int, gpus: List[str]) -> None:
     """Runs the pretrainings that are not finished, then the detectors, which start from them."""
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-    )
-    # Names and messages might contain rich's markup.
+    # Messages might contain rich's markup.
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    columns = *Progress.get_default_columns(), MofNCompleteColumn()
     received: List[int] = []
     previous = handle(lambda signum, frame: received.append(signum))
     try:
