@@ -343,8 +343,12 @@ def _check(cfg: CN) -> None:
         if not allowed.holds(value):
             shown = repr(value) if isinstance(value, str) else value
             raise UserError(f"{name} is {shown}: use {allowed.text}")
-    if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":
-        raise UserError("SOLVER.AMP.ENABLED is True: it needs a GPU; without, set it to False")
+    # detectron2's AMPTrainer uses torch.cuda.amp.
+    if cfg.SOLVER.AMP.ENABLED and not cfg.MODEL.DEVICE.startswith("cuda"):
+        raise UserError(
+            f"SOLVER.AMP.ENABLED is True with MODEL.DEVICE {cfg.MODEL.DEVICE}: it needs a GPU of "
+            "CUDA; set it to False"
+        )
     for name, entry in cfg.DATASETS.REGISTER.items():
         if not isinstance(entry, dict) or sorted(entry) != sorted(_ENTRY):
             raise UserError(

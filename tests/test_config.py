@@ -110,6 +110,14 @@ def test_a_bad_command_line_is_an_error(opts, expected):
     assert expected in str(e.value)
 
 
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+def test_mixed_precision_needs_cuda(device):
+    opts = ["SOLVER.AMP.ENABLED", "True", "MODEL.DEVICE"]
+    load_config("", [*opts, "cuda:1"])
+    with pytest.raises(UserError, match=f"SOLVER.AMP.* {device}: it needs a GPU of CUDA; set it"):
+        load_config("", [*opts, device])
+
+
 def test_a_missing_file_is_named():
     with pytest.raises(UserError, match="no/such.yaml"):
         load_config("no/such.yaml")

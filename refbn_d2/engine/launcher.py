@@ -158,9 +158,17 @@ def _reason(error: Exception) -> str:
 
 
 def check_device(device: str) -> None:
-    """Raises a UserError if MODEL.DEVICE is a GPU and there is none."""
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"MODEL.DEVICE is {device}, and there is no GPU: set MODEL.DEVICE cpu")
+    """Raises a UserError if MODEL.DEVICE is a device that this machine does not have."""
+    if device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise UserError(f"MODEL.DEVICE is {device}, and there is no GPU: set MODEL.DEVICE cpu")
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as e:  # what PyTorch raises, by device
+        raise UserError(
+            f"MODEL.DEVICE is {device}, which PyTorch cannot use here: set MODEL.DEVICE cpu"
+        ) from e
 
 
 def _launch(main: Callable[..., Any], args: Namespace, device: str, main_args: tuple) -> None:

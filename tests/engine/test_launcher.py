@@ -99,6 +99,8 @@ def test_what_does_not_go_together(monkeypatch, changes, num_gpus, device, messa
     "num_gpus, device, message",
     [
         (1, "cuda", "MODEL.DEVICE is cuda, and there is no GPU: set MODEL.DEVICE cpu"),
+        (1, "vulkan", "MODEL.DEVICE is vulkan, which .* cannot use here: set MODEL.DEVICE cpu"),
+        (1, "hpu", "MODEL.DEVICE is hpu, which PyTorch cannot use here: set MODEL.DEVICE cpu"),
         (2, "cpu", "--num-gpus 2 with MODEL.DEVICE cpu: start .* torchrun --nproc_per_node 2"),
         (2, "cuda", "--num-gpus 2: this machine has 1 GPUs"),
     ],
