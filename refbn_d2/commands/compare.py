@@ -152,7 +152,9 @@ def add_report(commands) -> None:
         help="COCO results of each norm, with one file per seed",
     )
     source.add_argument("--runs", type=Path, help="folder that contains run folders at any depth")
-    parser.add_argument("--gt", type=Path, help="COCO ground truth; with --results")
+    parser.add_argument(
+        "--gt", type=Path, help="COCO ground truth; default: the one that the run folders name"
+    )
     parser.add_argument("--iou-type", nargs="+", choices=IOU_TYPES, default=list(IOU_TYPES))
     parser.add_argument("--baseline", metavar="NAME", help="norm to compare with; default: first")
     parser.add_argument(

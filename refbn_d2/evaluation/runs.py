@@ -188,7 +188,8 @@ def common_ground_truth(runs: Sequence[Run]) -> Path:
     """Returns the path of the ground truth that all finished runs name.
 
     Raises:
-        UserError: If they name none or different ones, or if no run has finished.
+        UserError: If they name none or different ones, if it does not exist here, or if no run has
+            finished.
     """
     if all(run.error for run in runs):
         raise UserError(f"none of the {len(runs)} runs has finished; nothing to report")
@@ -198,4 +199,10 @@ def common_ground_truth(runs: Sequence[Run]) -> Path:
             "different ground truths: " + ", ".join(sorted(named)) if named else "no ground truth"
         )
         raise UserError(f"the run folders name {what}; give the right one with --gt")
-    return Path(named.pop())
+    path = Path(named.pop())
+    if not path.exists():
+        raise UserError(
+            f"{path}: no such file, and the runs were evaluated on it; go to the folder where they "
+            "were started, or give it with --gt"
+        )
+    return path

@@ -165,7 +165,7 @@ def load_matrix(path: str) -> List[RunSpec]:
 
 # Condition for the values of each axis, and its description for an error message.
 _AXES: Dict[str, Tuple[Callable[[Any], bool], str]] = {
-    "SEEDS": (lambda v: is_int(v) and 0 <= v < 2**31, "whole numbers >= 0"),
+    "SEEDS": (lambda v: is_int(v) and 0 <= v < 2**31, "whole numbers from 0 to 2**31 - 1"),
     "IMS_PER_BATCH": (lambda v: is_int(v) and v > 0, "whole numbers > 0"),
     "GROUPING_STRENGTH": (lambda v: is_number(v) and 0 <= v <= 1, "numbers from 0 to 1"),
 }

@@ -77,9 +77,13 @@ def test_no_runs_and_two_alike(tmp_path):
         find_runs(tmp_path)
 
 
-def test_runs_must_share_their_ground_truth(tmp_path):
+def test_runs_must_share_their_ground_truth(tmp_path, monkeypatch):
     make(tmp_path, "a")
     make(tmp_path, "b", seed=2)
+    with pytest.raises(UserError, match="a.json: no such file, .* or give it with --gt"):
+        common_ground_truth(find_runs(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.json").touch()
     assert str(common_ground_truth(find_runs(tmp_path))) == "a.json"
     make(tmp_path, "c", seed=3, gt="b.json")
     with pytest.raises(UserError, match="different ground truths: a.json, b.json"):
