@@ -37,9 +37,9 @@ MEASURED = """\
 Estimated from the times of R50-C4's steps in {file}, without data loading, communication and
 evaluation. Pretraining is not measured there: the published number for V100s is scaled by the ratio
 of the measured to the published number for the detector."""
-# Size of the checkpoints of a full-size run: weights and momentum in float32. The newest three and
-# the final one are kept (SOLVER.CHECKPOINT_MAX_TO_KEEP).
-CHECKPOINT_GB = {"pretrain": 0.9, "train": 1.2}
+# Size of the checkpoints of a full-size training: weights and momentum in float32. The newest three
+# and the final one are kept (SOLVER.CHECKPOINT_MAX_TO_KEEP).
+CLASSIFIER_GB, DETECTOR_GB = 0.9, 1.2
 
 
 def show_plan(
@@ -54,7 +54,8 @@ def show_plan(
     for step in plan:
         hours = f"{step.gpu_hours:,.0f}" if num_gpus else "–"
         done = "finished" if step.finished else ""
-        table.add_row(step.what, f"{step.images:,}", hours, str(step.folder), done)
+        folder = str(output / step.training.folder)
+        table.add_row(step.training.label, f"{step.images:,}", hours, folder, done)
     table.add_row("report", "", "", str(output / "report"))
     console = Console()
     # A log or a pipe has no width; with rich's default, paths would be broken into two lines.
@@ -64,7 +65,9 @@ def show_plan(
         left = sum(step.gpu_hours for step in plan if not step.finished)
         print(f"\nTo do: {left:,.0f} {unit}, or {left / num_gpus:,.0f} hours on {num_gpus}.")
         print(MEASURED.format(file=gpu_check) if gpu_check else ESTIMATE)
-        storage = sum(CHECKPOINT_GB[step.what.split()[0]] for step in plan)
+        storage = sum(
+            CLASSIFIER_GB if step.training.is_pretraining else DETECTOR_GB for step in plan
+        )
         print(
             f"Checkpoints: {storage:,.0f} GB in {output}. docs/reproduce.md describes the load on "
             "the network."

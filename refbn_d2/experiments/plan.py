@@ -29,16 +29,14 @@ class PlannedTraining:
     """One training of a matrix.
 
     Attributes:
-        what: Description of the training.
-        folder: Folder of the run.
+        training: The training.
         images: Number of training images, counted once for each use (iterations x batch size).
         gpu_hours: Estimated GPU hours of a full-size network, from published throughputs of V100s
             or from the measured throughput of another GPU.
         finished: Whether the output folder contains its result.
     """
 
-    what: str
-    folder: Path
+    training: Training
     images: int
     gpu_hours: float
     finished: bool
@@ -92,19 +90,14 @@ def planned_trainings(
 def _planned(
     training: Training, output: Path, rates: Optional[Mapping[str, float]]
 ) -> PlannedTraining:
-    spec = training.spec
     solver = load_config(training.config, training.opts()).SOLVER
     if training.is_pretraining:
-        what = f"pretrain {spec.pretrained}, seed {spec.classifier_seed}, and convert"
         rate = _CLASSIFIER_RATE[solver.AMP.ENABLED]
         rate *= rates["BN"] / _DETECTOR_RATE if rates else 1.0
     else:
-        protocol = f" ({spec.protocol})" if spec.protocol else ""
-        what = f"train detector {spec.name}{protocol}, seed {spec.seed}"
-        rate = rates.get(spec.norm, rates["BN"]) if rates else _DETECTOR_RATE
+        rate = rates.get(training.spec.norm, rates["BN"]) if rates else _DETECTOR_RATE
     images = solver.MAX_ITER * solver.IMS_PER_BATCH
-    folder, finished = output / training.folder, training.is_finished(output)
-    return PlannedTraining(what, folder, images, images / rate / 3600, finished)
+    return PlannedTraining(training, images, images / rate / 3600, training.is_finished(output))
 
 
 def check_data(specs: List[RunSpec]) -> None:
