@@ -141,8 +141,7 @@ def _move_earlier_run(cfg: CfgNode, folder: Path) -> List[str]:
     files = [p for p in folder.iterdir() if _FILES.fullmatch(p.name)]
     if not any(p.match(_CHECKPOINTS) or p.match(_LINES) for p in files):
         return []
-    number = 1 + len(list(folder.glob(_EARLIER + "*")))
-    target = folder / f"{_EARLIER}{number}"
+    target = _new_subfolder(folder)
     weights = cfg.MODEL.WEIGHTS
     if _is_local(weights) and Path(weights).resolve() in [p.resolve() for p in files]:
         raise UserError(
@@ -151,6 +150,12 @@ def _move_earlier_run(cfg: CfgNode, folder: Path) -> List[str]:
         )
     target.with_name(target.name + PARTIAL).mkdir()
     return _finish_moving(folder)
+
+
+def _new_subfolder(folder: Path) -> Path:
+    """Returns the path for the files of the newest earlier run; its number is the highest."""
+    names = [p.name[len(_EARLIER) :].split(".")[0] for p in folder.glob(_EARLIER + "*")]
+    return folder / f"{_EARLIER}{1 + max((int(n) for n in names if n.isdecimal()), default=0)}"
 
 
 def _finish_moving(folder: Path) -> List[str]:
@@ -164,6 +169,8 @@ def _finish_moving(folder: Path) -> List[str]:
             if _FILES.fullmatch(file.name):
                 file.rename(partial / file.name)
         target = partial.with_suffix("")
+        if target.exists():
+            target = _new_subfolder(folder)
         partial.rename(target)
         notes.append(f"The files of an earlier run are now in {target}")
     return notes

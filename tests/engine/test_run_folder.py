@@ -87,6 +87,27 @@ def test_a_move_that_was_killed_is_finished_by_any_start(tiny_data, train_net, t
     assert {"last_checkpoint", "model_final.pth", "metrics.json"} <= names and not partial.exists()
 
 
+def test_earlier_runs_may_have_been_deleted(tmp_path):
+    (tmp_path / "earlier_run_2").mkdir()
+    (tmp_path / "earlier_run_2" / "model_final.pth").write_text("oldest")
+    for content in ("old", "new"):
+        (tmp_path / "model_final.pth").write_text(content)
+        with run_folder.run_folder(load_config("", ["OUTPUT_DIR", str(tmp_path)]), resume=False):
+            pass
+    kept = [tmp_path / f"earlier_run_{n}" / "model_final.pth" for n in (2, 3, 4)]
+    assert [file.read_text() for file in kept] == ["oldest", "old", "new"]
+
+
+def test_a_move_whose_target_exists_takes_another_number(tmp_path):
+    for name, content in (("earlier_run_1", "older"), ("earlier_run_1.partial", "newer")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model_final.pth").write_text(content)
+    with run_folder.run_folder(load_config("", ["OUTPUT_DIR", str(tmp_path)]), resume=True):
+        pass
+    assert (tmp_path / "earlier_run_1" / "model_final.pth").read_text() == "older"
+    assert (tmp_path / "earlier_run_2" / "model_final.pth").read_text() == "newer"
+
+
 def test_weights_of_the_run_that_would_be_moved_are_refused(tiny_data, train_net, tmp_path):
     assert train_net(*ARGS, *_options(tmp_path)).status == 0
     weights = tmp_path / "model_final.pth"

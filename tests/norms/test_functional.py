@@ -282,6 +282,17 @@ def test_bfloat16_under_autocast_is_as_without():
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_autocast_does_not_narrow_statistics_that_come_from_blocks(dtype, monkeypatch):
+    monkeypatch.setattr(functional, "kernels_for", lambda x: CpuAten())
+    x = (torch.randn(8, 16, 64, 64) + 4).to(dtype).contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        mean, var = batch_moments(x)
+    wanted = oracle.moments(x.double(), 0, 2, 3)
+    assert oracle.relative_error(mean, wanted[0].flatten()) < 1e-6
+    assert oracle.relative_error(var, wanted[1].flatten()) < 1e-4
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4)])
 def test_an_empty_part_has_an_empty_gradient(layout, shape):

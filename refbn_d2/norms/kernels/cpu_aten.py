@@ -99,9 +99,10 @@ def _native_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     if len(moments) == 1:
         return moments[0]
     means, variances = (torch.stack(vectors) for vectors in zip(*moments))
-    share = torch.tensor([b.numel() / x.numel() for b in blocks], dtype=means.dtype)
-    mean = share @ means
-    return mean, share @ (variances + (means - mean).square())
+    # Not a matrix product, because torch.autocast would round that to 16 bits.
+    share = torch.tensor([[b.numel() / x.numel()] for b in blocks], dtype=means.dtype)
+    mean = (share * means).sum(0)
+    return mean, (share * (variances + (means - mean).square())).sum(0)
 
 
 def _column_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
