@@ -48,6 +48,8 @@ def needed_config(config: dict) -> str:
             node = node.setdefault(part, {})
         node[last] = value
     text = yaml.safe_dump(tree, default_flow_style=None, sort_keys=False)
+    if config.get("MODEL.RESNETS.NORM") == "RefBN":
+        text += "# SyncRefBN and VBN have the same tensors: set NORM as in the training of SRC.\n"
     if "INPUT" not in tree:
         text += (
             "# Set PIXEL_MEAN, PIXEL_STD, INPUT.FORMAT and RESNETS.STRIDE_IN_1X1 as in the training"
@@ -66,8 +68,9 @@ def main():
     parser.add_argument(
         "--norm",
         choices=NORMS,
-        help="norm to which BN or RefBN is converted, the detector's MODEL.RESNETS.NORM; default: "
-        "no conversion. BN drops RefBN's reference; FrozenBN is the same as --frozen. Other norms "
+        help="norm to which BN, RefBN or EvalRefBN is converted, the detector's "
+        "MODEL.RESNETS.NORM; default: no conversion. RefBN's reference and EvalRefBN's weights of "
+        "an image's own statistics are dropped; FrozenBN is the same as --frozen. Other norms "
         "cannot be converted",
     )
     parser.add_argument(

@@ -28,11 +28,15 @@ from .resnet_names import detectron2_names, torchvision_names
 __all__ = ["FORMATS", "NORMS", "Conversion", "convert", "freeze", "norm_of"]
 
 FORMATS = ("detectron2", "torchvision")
-NORMS = ("BN", "RefBN", "FrozenBN")
+NORMS = ("BN", "RefBN", "EvalRefBN", "FrozenBN")
 
 _AFFINE = ("weight", "bias", "running_mean", "running_var")
-_REFERENCE = {"ref_mean", "ref_var", "ref_captured", "ref_size"}
 _BATCH_NORM = {*_AFFINE, "num_batches_tracked"}
+# Buffers that a norm has besides those of BatchNorm. SyncRefBN and VBN have those of RefBN.
+_OWN = {
+    "RefBN": {"ref_mean", "ref_var", "ref_captured", "ref_size"},
+    "EvalRefBN": {"batch_deviation", "image_deviation"},
+}
 
 # (blocks of each stage, whether bottlenecks) -> MODEL.RESNETS.DEPTH
 _DEPTHS: Dict[Tuple[Tuple[int, ...], bool], int] = {
@@ -115,7 +119,7 @@ def convert(
     config = {"MODEL.WEIGHTS": target, **resnet}
     if norm:
         config["MODEL.RESNETS.NORM"] = norm
-    if norm in ("BN", "RefBN"):
+    if norm in ("BN", "RefBN", "EvalRefBN"):
         config["MODEL.BACKBONE.FREEZE_AT"] = 0  # frozen stages have FrozenBN regardless of NORM
     if from_torchvision:
         config.update(_TORCHVISION_CONFIG)
@@ -177,15 +181,18 @@ def _norm_layers(weights: Dict[str, Tensor]) -> Dict[str, Set[str]]:
 def norm_of(weights: Dict[str, Tensor]) -> str:
     """Returns which of NORMS a state dict with detectron2's names has.
 
-    Returns '' if it cannot be determined: GN, LN, IN and Detectron's AffineChannel all have only a
-    weight and a bias.
+    SyncRefBN and VBN have the same tensors as RefBN, and count as it. Returns '' if the norm cannot
+    be determined: GN, LN, IN and Detectron's AffineChannel all have only a weight and a bias.
     """
     layers = _norm_layers(weights)
     keys = set().union(*layers.values())
-    if keys - _BATCH_NORM - _REFERENCE or not all(k.issuperset(_AFFINE) for k in layers.values()):
+    if keys - _BATCH_NORM.union(*_OWN.values()) or not all(
+        k.issuperset(_AFFINE) for k in layers.values()
+    ):
         return ""
-    if keys & _REFERENCE:
-        return "RefBN"
+    for norm, own in _OWN.items():
+        if keys & own:
+            return norm
     frozen = all((weights[f"{n}.running_var"] == FOLDED_VAR).all() for n in layers)
     return "FrozenBN" if frozen else "BN"
 
@@ -198,12 +205,13 @@ def freeze(weights: Dict[str, Tensor]) -> Dict[str, Tensor]:
         weight' = weight / sqrt(running_var + eps),  bias' = bias - running_mean weight'
 
     This also holds for RefBN, whose running statistics are averages of its mixed statistics; its
-    reference is dropped. The running mean becomes 0 and the running variance 1 - eps, which
+    reference is dropped. EvalRefBN loses the weight of an image's own statistics, and evaluates
+    like BN then. The running mean becomes 0 and the running variance 1 - eps, which
     FrozenBN applies as the identity. Without a variance in the file detectron2 would use 1, with a
     relative error of eps / 2 in every layer.
 
     Args:
-        weights: weights of a network with BN or RefBN, with detectron2's names.
+        weights: weights of a network with BN, RefBN or EvalRefBN, with detectron2's names.
     """
     layers = _norm_layers(weights)
     frozen = {n: v for n, v in weights.items() if n.rpartition(".")[0] not in layers}
@@ -225,13 +233,15 @@ def _with_norm(weights: Dict[str, Tensor], norm: str) -> Dict[str, Tensor]:
             f"its norms cannot become {norm}: not all of them are BatchNorm with running "
             "statistics; leave out --norm and --frozen to keep them unchanged"
         )
-    if source == norm or (source, norm) == ("BN", "RefBN"):  # its reference is captured later
+    if source == norm:
         return weights
     if source == "FrozenBN":
         raise UserError(f"its norms are folded into affine maps and cannot become {norm} again")
     if norm == "FrozenBN":
         return freeze(weights)
-    return {n: v for n, v in weights.items() if n.rpartition(".")[2] not in _REFERENCE}
+    # What the new norm has besides, a reference or a weight, is measured in training.
+    dropped = set().union(*_OWN.values()) - _OWN.get(norm, set())
+    return {n: v for n, v in weights.items() if n.rpartition(".")[2] not in dropped}
 
 
 def _resnet_config(weights: Dict[str, Tensor]) -> Dict[str, int]:
@@ -282,8 +292,10 @@ def _check_fit(weights: Dict[str, Tensor], model: Dict[str, Tensor]) -> None:
         if name in weights and weights[name].shape != value.shape:
             shapes = tuple(weights[name].shape), tuple(value.shape)
             raise UserError(f"{name} is of shape {shapes[0]}, detectron2 expects {shapes[1]}")
-    for name in weights:
-        if name.rpartition(".")[0] not in layers:
+    for name, value in weights.items():
+        layer, _, key = name.rpartition(".")
+        left_over = key == "bias" and layer != "linear" and name not in model and value.any()
+        if layer not in layers or left_over:  # a convolution's bias of 0 changes nothing
             raise UserError(f"a ResNet that detectron2 does not build: it has no place for {name}")
 
 

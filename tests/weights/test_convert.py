@@ -25,7 +25,7 @@ import refbn_d2.classification  # noqa: F401  (registers ImageClassifier)
 from refbn_d2.config import load_config
 from refbn_d2.engine import Trainer
 from refbn_d2.errors import UserError
-from refbn_d2.norms import RefBatchNorm2d, capture, convert_norm
+from refbn_d2.norms import EvalRefBatchNorm2d, RefBatchNorm2d, capture, convert_norm
 from refbn_d2.weights.convert import convert
 from refbn_d2.weights.resnet_names import detectron2_names
 
@@ -175,6 +175,41 @@ def test_bn_from_refbn_leaves_the_reference_out(tmp_path, classifier):
     # A RefBN detector takes it; its reference is captured later.
     state = _detector_state("RefBN", tmp_path / "bn.pth")
     assert not state["backbone.stem.conv1.norm.ref_captured"]
+
+
+def test_evalrefbn_keeps_its_weights_or_becomes_what_it_trained_as(tmp_path):
+    torch.manual_seed(0)
+    network = convert_norm(torchvision.models.resnet18(), "EvalRefBN").eval()
+    norms = [m for m in network.modules() if isinstance(m, EvalRefBatchNorm2d)]
+    for m in norms:
+        m.running_mean.normal_(std=0.1)
+        m.set_own_weight(torch.rand(()) + 1, torch.tensor(3.0))
+    path = _save(network.state_dict(), tmp_path / "source.pth")
+
+    conversion = convert(path, str(tmp_path / "same.pth"))
+    assert conversion.norm == conversion.config["MODEL.RESNETS.NORM"] == "EvalRefBN"
+    assert conversion.config["MODEL.BACKBONE.FREEZE_AT"] == 0 and not conversion.left_out
+    same = torch.load(tmp_path / "same.pth")["model"]
+    assert torch.equal(same["stem.conv1.norm.batch_deviation"], norms[0].batch_deviation)
+
+    conversion = convert(path, str(tmp_path / "bn.pth"), "BN", to="torchvision")
+    assert conversion.norm == "BN" and len(conversion.left_out) == 2 * len(norms) == 40
+    plain = torchvision.models.resnet18().eval()
+    plain.load_state_dict(torch.load(tmp_path / "bn.pth"), strict=True)
+    x = torch.randn(2, 3, 64, 64)
+    evaluated = plain(x)
+    assert not torch.allclose(network(x), evaluated)
+    assert torch.equal(convert_norm(network, "BN")(x), evaluated)
+
+    assert convert(path, str(tmp_path / "frozen.pth"), "FrozenBN").norm == "FrozenBN"
+    convert(str(tmp_path / "bn.pth"), str(tmp_path / "frozen_bn.pth"), "FrozenBN")
+    a, b = (torch.load(tmp_path / f"{n}.pth")["model"] for n in ("frozen", "frozen_bn"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_convolutions_bias_of_zero_changes_nothing(tmp_path, classifier):
+    weights = {**classifier.state_dict(), "backbone.res2.0.conv1.bias": torch.zeros(4)}
+    convert(_save({"model": weights}, tmp_path / "source.pth"), str(tmp_path / "out.pth"))
 
 
 def test_the_config_of_the_training_is_handed_on(tmp_path, classifier):
@@ -367,6 +402,7 @@ def _with(layer, value):
         (_without("backbone.stem"), None, "it has no stem.conv1.weight"),
         (_without("backbone"), None, "no ResNet in it"),
         (lambda w: {**w, "backbone.res2.0.se.weight": torch.ones(1)}, None, "res2.0.se.weight"),
+        (lambda w: {**w, "backbone.stem.conv1.bias": torch.ones(4)}, None, "stem.conv1.bias"),
         (lambda w: {**w, "backbone.res4.1.conv1.weight": torch.ones(3)}, None, r"of shape \(3,\)"),
         (lambda w: {k: v for k, v in w.items() if ".r" not in k[12:]}, "FrozenBN", "cannot become"),
         (lambda w: {}, None, "no ResNet in it"),
