@@ -247,6 +247,10 @@ class Checkpointer(DetectionCheckpointer):
             raise
         except Exception as e:  # a damaged file may raise any exception
             raise UserError(f"weights {path!r} cannot be read: {first_sentence(e)}") from e
+        finally:
+            # Newer versions of detectron2 reset this only if a file could be read, and otherwise
+            # refuse to load another one.
+            self._parsed_url_during_load = None
 
     def load_to_evaluate(self, path: str, *, resume: bool = False) -> None:
         """Same as :meth:`resume_or_load`, but the file must contain every weight of the model.
