@@ -35,7 +35,7 @@ from ..log import get_logger
 from ..norms import MovingAverageBatchNorm2d
 from ..rng import forked_rng
 from ..statistics.inference import recompute_statistics
-from ..statistics.reference import reference_layers
+from ..statistics.reference import capture_reference, reference_layers
 from ..upstream import exchanged, whole_files
 from .building import check_names, config_errors
 from .checkpoint import Checkpointer
@@ -361,7 +361,15 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def recompute_statistics(cls, cfg: CfgNode, model) -> None:
-        """Recomputes the inference statistics from TEST.PRECISE_BN.NUM_ITER training batches."""
+        """Recomputes the inference statistics from TEST.PRECISE_BN.NUM_ITER training batches.
+
+        If no norm has a reference, as with weights of BatchNorm, it is captured as in training.
+        """
+        references = [m.has_reference for m in reference_layers(model).values()]
+        if references and not any(references):
+            batch = cls.load_reference_batch(cfg)
+            capture_reference(model, batch, cfg.MODEL.REFBN.REFERENCE.SEED)
+            logger.info("Captured the reference from %d images", len(batch))
         loader = cls.build_train_loader(cfg)
         count = recompute_statistics(model, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
         logger.info("Recomputed the statistics of %d norms", count)

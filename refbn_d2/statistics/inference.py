@@ -62,19 +62,22 @@ def recompute_statistics(
         Number of layers recomputed.
 
     Raises:
-        ValueError: If ``num_batches`` < 1, or if a norm has no reference.
+        ValueError: If ``num_batches`` < 1, or if a batch reaches a norm that has no reference.
     """
     if num_batches < 1:
         raise ValueError(f"num_batches must be >= 1, got {num_batches}")
-    if not all(m.has_reference for m in model.modules() if isinstance(m, ReferenceNorm2d)):
-        raise ValueError(
-            "the model has norms without a reference; call capture_reference(model, batch) first"
-        )
     training = {m: m.training for m in model.modules()}
     held = set() if not model.training else {m for m, mode in training.items() if not mode}
     norms = [m for m in _norms(model) if m not in held]
     momenta = [m.momentum for m in norms]
     sums: Dict[nn.Module, List[Tensor]] = {}
+
+    def check(m: nn.Module, _inputs: Tuple[Tensor]) -> None:
+        if isinstance(m, ReferenceNorm2d) and not m.has_reference:
+            raise ValueError(
+                "the model has norms without a reference; call capture_reference(model, batch) "
+                "first"
+            )
 
     def add(m: nn.Module, inputs: Tuple[Tensor], _output: Tensor) -> None:
         x = inputs[0]
@@ -92,13 +95,17 @@ def recompute_statistics(
             row = torch.cat([row, own.mean(0).square(), own.square().mean(0)])
         sums[m] = sums[m] + row if m in sums else row
 
-    handles = [m.register_forward_hook(add) for m in norms]
+    handles = [m.register_forward_pre_hook(check) for m in norms]
+    handles += [m.register_forward_hook(add) for m in norms]
     try:
         for m in training:
             m.training = m not in held
         for m in norms:
             m.momentum = 1.0
         with buffers_restored(model), forked_rng(0), EventStorage():
+            for m in norms:  # values that are not finite would remain: 0 x inf is NaN
+                m.running_mean.zero_()
+                m.running_var.fill_(1)
             for batch in itertools.islice(batches, num_batches):
                 model(batch)
     finally:

@@ -1,5 +1,6 @@
 """Trainer on a tiny data set: what it captures, records, restores and refuses."""
 
+import copy
 import json
 import math
 import sys
@@ -249,6 +250,21 @@ def test_precise_bn_recomputes_mixed_statistics(tiny_data, train_net, tmp_path):
     assert result.status == 0, result.err
     results = tmp_path / "eval" / "inference" / "coco_instances_results.json"
     assert json.loads(results.read_text()) == found[0]
+
+
+def test_precise_bn_of_batchnorm_weights_takes_the_reference_of_a_training(tiny_data):
+    cfg = _config(MODEL__RESNETS__NORM="RefBN")
+    model = Trainer.build_model(cfg)
+    weights = Trainer.build_model(_config(MODEL__RESNETS__NORM="BN"))
+    model.load_state_dict(weights.state_dict(), strict=False)
+    expected = copy.deepcopy(model)
+    capture_reference(expected, Trainer.load_reference_batch(cfg), cfg.MODEL.REFBN.REFERENCE.SEED)
+    cfg.TEST.PRECISE_BN.NUM_ITER = 2
+    for m in (model, expected):
+        Trainer.recompute_statistics(cfg, m)
+    state = expected.state_dict()
+    assert state["backbone.stem.conv1.norm.ref_captured"]
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
 def _semantic(folder):

@@ -105,10 +105,12 @@ def test_buffers_that_are_replaced_or_cannot_be_written():
     assert model[4].steps is steps and steps == 0
 
 
-def test_it_does_not_depend_on_what_was_there_before():
-    models = [_network(RefBatchNorm2d) for _ in range(2)]
-    models[1][0].running_mean.fill_(9)
-    models[1][2].running_var.fill_(9)
+@pytest.mark.parametrize("before", [9, float("inf"), float("nan")])
+@pytest.mark.parametrize("norm", [RefBatchNorm2d, EvalRefBatchNorm2d])
+def test_it_does_not_depend_on_what_was_there_before(norm, before):
+    models = [_network(norm) for _ in range(2)]
+    models[1][0].running_mean.fill_(before)
+    models[1][2].running_var.fill_(before)
     for model in models:
         recompute_statistics(model, _batches(), 3)
     for a, b in zip(models[0].state_dict().values(), models[1].state_dict().values()):
@@ -118,7 +120,7 @@ def test_it_does_not_depend_on_what_was_there_before():
 @pytest.mark.parametrize("kind", [BatchRenorm2d, MovingAverageBatchNorm2d])
 def test_layers_that_are_not_reached_or_train_by_their_statistics_keep_them(kind):
     model = _network(kind)
-    model.unused = nn.BatchNorm2d(2)
+    model.unused = nn.Sequential(nn.BatchNorm2d(2), RefBatchNorm2d(2))  # it has no reference
     model.forward = lambda x: model[2](model[1](model[0](x)))
     before = copy.deepcopy(model.unused.state_dict())
     steered = copy.deepcopy(model[0].state_dict())
@@ -149,8 +151,11 @@ def test_parts_held_in_evaluation_mode_stay_so():
 def test_needs_a_batch_and_a_reference():
     with pytest.raises(ValueError, match="num_batches"):
         recompute_statistics(_network(nn.BatchNorm2d), _batches(), 0)
+    model = nn.Sequential(nn.BatchNorm2d(3), RefBatchNorm2d(3))
+    before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="reference"):
-        recompute_statistics(nn.Sequential(RefBatchNorm2d(3)), _batches(), 1)
+        recompute_statistics(model, _batches(), 1)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def _on_every_rank(model):
