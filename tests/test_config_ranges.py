@@ -89,6 +89,12 @@ def test_values_that_do_not_fit_each_other(opts, message):
         load_config("", opts)
 
 
+def test_a_gradient_is_clipped_by_any_norm():
+    with pytest.raises(UserError, match="NORM_TYPE is 0.0: use a number > 0, or .inf"):
+        load_config("", ["SOLVER.CLIP_GRADIENTS.NORM_TYPE", "0.0"])
+    load_config("", ["SOLVER.CLIP_GRADIENTS.NORM_TYPE", "1e999"])
+
+
 def test_a_gray_image_has_one_channel():
     load_config(
         "", ["INPUT.FORMAT", "L", "MODEL.PIXEL_MEAN", "[120.0]", "MODEL.PIXEL_STD", "[60.0]"]

@@ -53,6 +53,10 @@ class ClassificationTrainer(Trainer):
         return [d for name in cfg.DATASETS.TRAIN for d in _dicts(cfg, name)]
 
     @classmethod
+    def _separates_orientations(cls, cfg: CfgNode) -> bool:
+        return False  # the mapper gives all images the same size, and dicts need not have one
+
+    @classmethod
     def loader_options(cls, cfg: CfgNode) -> Dict[str, Any]:
         return {"collate_fn": default_collate, "pin_memory": torch.cuda.is_available()}
 

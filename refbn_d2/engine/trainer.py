@@ -240,11 +240,16 @@ class Trainer(DefaultTrainer):
             cls.build_mapper(cfg, True),
             batch_size,
             # Grouping by orientation would break up the batches of GroupedTrainingSampler.
-            cfg.DATALOADER.ASPECT_RATIO_GROUPING and not grouped,
+            cls._separates_orientations(cfg) and not grouped,
             cfg.DATALOADER.NUM_WORKERS,
             cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
             **cls.loader_options(cfg),
         )
+
+    @classmethod
+    def _separates_orientations(cls, cfg: CfgNode) -> bool:
+        """Whether wide images and other images are in separate batches."""
+        return cfg.DATALOADER.ASPECT_RATIO_GROUPING
 
     @classmethod
     def loader_options(cls, cfg: CfgNode) -> Dict[str, Any]:
@@ -355,7 +360,7 @@ class Trainer(DefaultTrainer):
             mapper=cls.build_mapper(cfg, True),
             sampler=RandomSampler(dataset),
             total_batch_size=num_images * comm.get_world_size(),
-            aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+            aspect_ratio_grouping=cls._separates_orientations(cfg),
             num_workers=0,
         )
 

@@ -71,12 +71,14 @@ def convert_norm(module: nn.Module, norm: str) -> nn.Module:
     """Replaces every BatchNorm-like layer of ``module`` by the norm type ``norm``.
 
     Affine parameters, running statistics, hooks and parametrizations are kept, and the reference if
-    both norms have one. In evaluation the converted model gives exactly the same outputs, except
-    for conversions from or to VBN with a reference, and from a trained EvalRefBN: these normalize
-    each sample differently. Parameters stay the same objects, as in
-    ``nn.SyncBatchNorm.convert_sync_batchnorm``: an existing optimizer continues to train them, and
-    shared parameters stay shared. A layer that is used in two places stays one layer. timm's
-    BatchNormAct2d (and its synchronized and frozen forms) keeps its activation and drop layer.
+    both norms have one. So are eps and momentum: BRN then has BatchNorm's 0.1, not the 0.01 of its
+    paper, which a detectron2 backbone with the norm BRN has. In evaluation the converted model
+    gives exactly the same outputs, except for conversions from or to VBN with a reference, and from
+    a trained EvalRefBN: these normalize each sample differently. Parameters stay the same objects,
+    as in ``nn.SyncBatchNorm.convert_sync_batchnorm``: an existing optimizer continues to train
+    them, and shared parameters stay shared. A layer that is used in two places stays one layer.
+    timm's BatchNormAct2d (and its synchronized and frozen forms) keeps its activation and drop
+    layer.
 
     A BatchNorm-like layer that cannot be converted without changing its function is left unchanged:
     a subclass with its own behaviour, a lazy, 1-d or 3-d norm, or an ``nn.SyncBatchNorm`` that

@@ -51,7 +51,8 @@ class EvalRefBatchNorm2d(BatchNormLike2d):
     batch already. A weight below 0.1 counts as 0.
 
     Every 16th training step takes part in moving averages of the two expectations, by
-    ``num_batches_tracked``, so that a resumed run measures at the same steps. An untrained layer
+    ``num_batches_tracked``, so that a resumed run measures at the same steps. (Under
+    ``torch.compile`` it is every step, because a graph cannot choose.) An untrained layer
     and one that was converted from BatchNorm have w = 0 and evaluate like BatchNorm;
     ``TEST.PRECISE_BN`` measures the weights of a trained network from training batches.
 

@@ -187,7 +187,7 @@ class MovingAverageBatchNorm2d(BatchNormLike2d):
         if x.numel() == 0:
             return self._normalize_by_running_stats(x)
         with torch.no_grad():
-            square = x.to(statistics_dtype(x)).square().mean(dim=(0, 2, 3))
+            square = x.detach().to(statistics_dtype(x)).square().mean(dim=(0, 2, 3))
             if in_backward():
                 # The first pass has already updated the averages.
                 chi, r = self._recent.recall(square, *self._scales(square))

@@ -4,6 +4,7 @@ from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List
 
 import torch
+from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.structures import ImageList
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.overrides import TorchFunctionMode
 
+from ..errors import UserError
 from ..log import get_logger
 from ..norms import ReferenceNorm2d, capture
 from ..norms.processes import all_gather
@@ -20,6 +22,8 @@ from ..upstream import exchanged
 __all__ = ["capture_reference", "reference_layers"]
 
 logger = get_logger(__name__)
+
+_SYNC = (nn.SyncBatchNorm, NaiveSyncBatchNorm)
 
 
 def reference_layers(model: nn.Module) -> Dict[str, ReferenceNorm2d]:
@@ -92,6 +96,8 @@ def capture_reference(
 
     Raises:
         ValueError: If ``batch`` is empty, or if a layer saw only one value per channel.
+        UserError: If there are fewer images than processes, and the model also has a SyncBN, which
+            waits for all processes.
     """
     if not batch:
         raise ValueError("the reference batch is empty: pass at least one image")
@@ -105,6 +111,12 @@ def capture_reference(
     height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
     # If there are fewer images than processes, the remaining processes only receive the result.
     num_active = min(len(batch), world_size)
+    waits = any(isinstance(m, _SYNC) and m.training for m in model.modules())
+    if waits and num_active < world_size:
+        raise UserError(
+            f"a reference batch of {len(batch)} images for {world_size} processes: a SyncBN of "
+            "the model needs an image on each; set MODEL.REFBN.REFERENCE.NUM_IMAGES higher"
+        )
     group = dist.new_group(list(range(num_active))) if num_active < world_size else None
     gather = all_gather(group) if world_size > 1 else None
     taken = []

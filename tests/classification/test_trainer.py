@@ -136,6 +136,12 @@ def test_data_that_does_not_fit(mnist, tiny_data, tmp_path, changes, expected):
         ClassificationTrainer.build_train_loader(cfg)
 
 
+def test_images_need_no_size_for_detectron2s_default_of_grouping(mnist, tmp_path):
+    cfg = load_config(str(LENET), _opts(tmp_path, DATALOADER__ASPECT_RATIO_GROUPING=True))
+    assert len(next(iter(ClassificationTrainer.build_train_loader(cfg)))["label"]) == 16
+    assert len(ClassificationTrainer.load_reference_batch(cfg)) == 16
+
+
 def test_evaluation_sees_every_image_once(mnist, tmp_path):
     cfg = load_config(str(LENET), _opts(tmp_path))
     batches = list(ClassificationTrainer.build_test_loader(cfg, "mnist_test"))

@@ -2,6 +2,7 @@
 
 import copy
 
+import oracle
 import pytest
 import torch
 from fvcore.nn import update_bn_stats
@@ -113,6 +114,15 @@ def test_evaluation_is_the_equation(layout):
     assert torch.allclose(alone, y, atol=1e-6)  # whatever else is in the batch
     half = norm(x.bfloat16())
     assert half.dtype == torch.bfloat16 and torch.allclose(half.float(), y, atol=0.1)
+
+
+@pytest.mark.parametrize("weight, counts", [(0.099, False), (0.101, True)])
+def test_a_weight_below_a_tenth_counts_as_zero(weight, counts):
+    norm = EvalRefBatchNorm2d(64).eval()
+    norm.set_own_weight(torch.tensor(weight * 3), torch.tensor(3.0))
+    x = next(grouped(0.5))
+    assert float(norm.own_weight) == pytest.approx(weight if counts else 0)
+    assert oracle.relative_error(norm(x), evaluated(norm, x, weight if counts else 0)) < 1e-5
 
 
 def test_untrained_it_evaluates_like_batch_norm_and_is_empty_safe():

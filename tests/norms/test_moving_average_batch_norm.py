@@ -339,6 +339,14 @@ def test_evaluation_is_one_affine_map_that_folds_freezes_and_scripts():
         assert oracle.relative_error(folded(x), wanted) < 1e-5
 
 
+def test_a_traced_training_step_leaves_the_layer_as_it_was():
+    """A trace does not keep torch.no_grad."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), MovingAverageBatchNorm2d(4))
+    x = torch.randn(2, 3, 8, 8)
+    torch.jit.trace(model, x, check_trace=False)(x)
+    assert not any(buffer.requires_grad for buffer in model.buffers())
+
+
 def test_compiled_training_is_not_another_one():
     """Its gradient writes to buffers: the layer stays out of the graphs, and does the same."""
     plain = nn.Sequential(nn.Conv2d(3, 3, 1), _layer(window=2, warmup_steps=2, renorm_after=4))

@@ -7,6 +7,7 @@ import processes
 import pytest
 import tiny
 import torch
+from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.structures import ImageList
 from detectron2.utils.events import EventStorage
 from torch import nn
@@ -14,6 +15,7 @@ from torch import nn
 from refbn_d2 import RefBatchNorm2d, capture_reference
 from refbn_d2.config import load_config
 from refbn_d2.engine import Trainer
+from refbn_d2.errors import UserError
 from refbn_d2.statistics.reference import _OrderFreeRandperm, _padded_to, reference_layers
 
 
@@ -183,6 +185,21 @@ def test_processes_share_the_reference_of_the_whole_batch(tmp_path, world_size, 
     results = _capture(world_size, tmp_path, None, num_images)
     _assert_same_on_every_rank(results)
     _assert_close(results[0]["references"], _oracle(_net(), SIZES[:num_images]))
+
+
+def _capture_beside_a_synchronized_norm(rank, world_size):
+    net = _net()
+    net.one = nn.Sequential(net.one, NaiveSyncBatchNorm(4))
+    batch = _batch(SIZES)
+    assert len(capture_reference(net, batch)) == 2
+    with pytest.raises(UserError, match="1 images for 2 processes.*NUM_IMAGES higher"):
+        capture_reference(net, batch[:1])
+    net.one.eval()  # then it does not wait for the other process
+    assert len(capture_reference(net, batch[:1])) == 2
+
+
+def test_a_synchronized_norm_needs_an_image_on_each_process():
+    processes.run_group(2, _capture_beside_a_synchronized_norm)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
