@@ -26,7 +26,8 @@ LITE0 = "tf_efficientnet_lite0"
 
 
 def _model(name, *options):
-    options = ["MODEL.DEVICE", "cpu", "MODEL.TIMM.NAME", name, *map(str, options)]
+    options = ["MODEL.RESNETS.NORM", "EvalRefBN", "MODEL.TIMM.NAME", name, *map(str, options)]
+    options += ["MODEL.DEVICE", "cpu"]
     cfg = load_config(CONFIG, [*options, "MODEL.ROI_HEADS.NUM_CLASSES", "3"])
     return Trainer.build_model(cfg).eval(), cfg
 
