@@ -16,6 +16,7 @@ from typing import Any, Dict, List, Sequence, Tuple
 import yaml
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
 
 from ..config import load_config
 from ..config_files import find_config
@@ -90,12 +91,12 @@ def _add(args: argparse.Namespace) -> None:
     try:
         cfg = load_config(str(output))
         content.update(_keys_of(cfg, list(parts)))
+        summaries = [line for name in parts for line in _summary(cfg, name)]
         _write(output, content)
     except BaseException:
         output.unlink()
         raise
-    for name in parts:
-        print("\n".join(_summary(cfg, name)))
+    print("\n".join(summaries))
     print(printable(f"wrote {output}; train with: refbn-d2 train --config-file {output}"))
 
 
@@ -125,7 +126,7 @@ def _keys_of(cfg: CfgNode, names: Sequence[str]) -> Dict[str, Any]:
     found = sets[0].contents
     return {
         "MODEL": {
-            "MASK_ON": not found.without_mask,
+            "MASK_ON": not any(data.contents.without_mask for data in sets),
             "ROI_HEADS": number,
             "RETINANET": dict(number),
         },
@@ -154,7 +155,9 @@ def _counts(name: str, data: DataSet) -> Tuple[Counter, Counter, List[int], List
         objects = [a for a in d["annotations"] if not a.get("iscrowd", 0)]
         per_image.append(len(objects))
         per_class.update(classes[a["category_id"]] for a in objects)
-        sizes += [(a["bbox"][2] * a["bbox"][3]) ** 0.5 for a in objects]
+        for a in objects:
+            _, _, width, height = BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYWH_ABS)
+            sizes.append((width * height) ** 0.5)
         if "group" in d:
             groups[str(d["group"])] += 1
     return per_class, groups, per_image, sizes
@@ -178,20 +181,31 @@ def _summary(cfg: CfgNode, name: str) -> List[str]:
             f"  {empty} images without objects: training leaves them out, unless "
             "DATALOADER.FILTER_EMPTY_ANNOTATIONS is False"
         )
+    if data.contents.without_mask:
+        lines.append(f"  {len(data.contents.without_mask)} images have objects without a mask")
     return [printable(line) for line in lines]
 
 
 def _show(args: argparse.Namespace) -> None:
     from ..data.page import write_page
 
+    if args.samples < 0:
+        raise UserError(f"--samples {args.samples}: use a number from 0")
     file = next((f for f in (args.name, f"{args.name}.yaml") if os.path.isfile(f)), "")
     cfg = load_config(file)
-    names = list(cfg.DATASETS.REGISTER) if file else [args.name]
+    used = dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
+    names = list(cfg.DATASETS.REGISTER or used) if file else [args.name]
     if not names or names[0] not in DatasetCatalog.list():
-        raise UserError(f"{args.name}: neither a data set nor a file, and no {args.name}.yaml")
+        raise UserError(
+            f"{file}: has no data sets in DATASETS"
+            if file
+            else f"{args.name}: neither a data set nor a file, and no {args.name}.yaml"
+        )
     parts = []
     for name in names:
         data = load_test_set(cfg, name)
+        if not MetadataCatalog.get(name).get("thing_classes"):
+            raise UserError(f"{name}: has no classes of objects (thing_classes) to show")
         _files_exist(data, name)
         parts.append((name, data, _summary(cfg, name), _counts(name, data)))
     with write_errors(args.output, "name another file with --output"):

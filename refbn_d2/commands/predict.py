@@ -9,11 +9,13 @@ side by side: objects that only one model found in colour, objects that both fou
 """
 
 import argparse
+import filecmp
 import glob
 import json
 import os
+from collections import Counter
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Set, Tuple
 
 import cv2
 import numpy as np
@@ -30,7 +32,8 @@ from ..io.atomic import atomic_write
 
 __all__ = ["main"]
 
-_IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
+_IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
+_IMAGES |= {".pbm", ".pgm", ".pnm", ".ppm"}
 _VIDEOS = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v"}
 RESULTS = "coco_instances_results.json"
 
@@ -189,7 +192,14 @@ def main() -> None:
     args = parser.parse_args()
     if len(args.weights) > 2:
         raise UserError(f"--weights names {len(args.weights)} files: use one, or two to compare")
+    if not 0 <= args.score_threshold <= 1:
+        raise UserError(f"--score-threshold {args.score_threshold}: use a score from 0 to 1")
     files = find_files(args.images)
+    if args.output.resolve() in [file.resolve().parent for file in files]:
+        raise UserError(
+            f"--output {args.output} has images to predict on, which would be overwritten: use "
+            "another folder"
+        )
     models = load_models(args)
     try:
         unread = _predict(args, files, models)
@@ -203,27 +213,26 @@ def main() -> None:
 def _predict(args: argparse.Namespace, files: List[Path], models: List[Predictor]) -> List[str]:
     """Writes the pictures and the results; returns the errors of files that cannot be used."""
     args.output.mkdir(parents=True, exist_ok=True)
-    ids, titles = models[0].image_ids, _titles(args.weights)
+    ids, titles = _image_ids(models[0].image_ids, files), _titles(args.weights)
     results: List[List[Dict[str, Any]]] = [[] for _ in models]
     unread: List[str] = []
-    names: Dict[str, int] = {}
-    next_id = 1 + max((i for i in ids.values() if isinstance(i, int)), default=0)
+    names: Set[str] = set()
+    known = models[0].image_ids.values()
+    next_id = 1 + max((i for i in known if isinstance(i, int)), default=0)
     # disable=None: no progress bar unless stderr is a terminal.
     with tqdm(total=sum(map(count_frames, files)), unit="image", disable=None) as bar:
         for file in files:
             try:
                 for frame in frames(file):
                     picture, found = _picture(models, frame.image, titles, args.score_threshold)
-                    image_id = ids.get(Path(frame.file).name)
+                    image_id = ids.get(file)
                     if image_id is None:
                         image_id, next_id = next_id, next_id + 1
                     for model, instances, entries in zip(models, found, results):
                         if instances is not None:
                             for r in coco_results(instances, image_id, model.metadata):
                                 entries.append({**r, "file_name": frame.file})
-                    # Files of different folders may have the same name.
-                    count = names[frame.name] = names.get(frame.name, 0) + 1
-                    name = frame.name if count == 1 else f"{frame.name}_{count}"
+                    names.add(name := _free_name(frame.name, names))
                     content = cv2.imencode(".png", picture)[1].tobytes()
                     (args.output / f"{name}.png").write_bytes(content)
                     bar.update()
@@ -234,5 +243,40 @@ def _predict(args: argparse.Namespace, files: List[Path], models: List[Predictor
         with atomic_write(str(args.output / name)) as f:
             json.dump(entries, f)
         print(printable(str(args.output / name)))
-    print(printable(f"{sum(names.values())} pictures in {args.output}"))
+    print(printable(f"{len(names)} pictures in {args.output}"))
     return unread
+
+
+def _free_name(name: str, taken: Set[str]) -> str:
+    """Numbers a name that is taken: files of different folders may have the same one."""
+    found, number = name, 1
+    while found in taken:
+        number += 1
+        found = f"{name}_{number}"
+    return found
+
+
+def _image_ids(known: Dict[Path, Any], files: List[Path]) -> Dict[Path, Any]:
+    """Returns the ids of the files that are images of the data set, or copies of them.
+
+    Args:
+        known: Path -> id of the images of the data set, some of which may not be here.
+        files: The files to predict on.
+    """
+    by_name: Dict[str, List[Path]] = {}
+    for path in known:
+        by_name.setdefault(path.name, []).append(path)
+    given = Counter(file.name for file in files)
+    ids = {}
+    for file in files:
+        originals = by_name.get(file.name, [])
+        if file.resolve() in known:
+            ids[file] = known[file.resolve()]
+        elif len(originals) == given[file.name] == 1 and _is_copy(file, originals[0]):
+            ids[file] = known[originals[0]]
+    return ids
+
+
+def _is_copy(file: Path, original: Path) -> bool:
+    """Whether a file of the same name has the same content, as far as can be seen here."""
+    return not original.is_file() or filecmp.cmp(file, original, shallow=False)

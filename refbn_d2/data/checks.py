@@ -23,6 +23,8 @@ _CLASS_KEYS: Dict[str, Tuple[Tuple[str, str], ...]] = {
     "FCOS": (("MODEL.RETINANET.NUM_CLASSES", "thing_classes"),),
 }
 
+_WITH_MASKS = ("GeneralizedRCNN", "PanopticFPN")
+
 
 def class_keys(cfg: CfgNode) -> Tuple[Tuple[str, str], ...]:
     """Returns the config keys with the model's numbers of classes, each with a metadata key.
@@ -109,8 +111,9 @@ def check_train_set(cfg: CfgNode) -> DataSet:
                 f"{_some(data.contents.without_annotations, data)} of {names} have no annotations: "
                 "give images without objects an empty list"
             )
-    if cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "PanopticFPN"):
-        _check_masks(cfg, names, data)
+    _check_has_masks(cfg, names, data)
+    if cfg.MODEL.META_ARCHITECTURE in _WITH_MASKS:
+        _check_mask_format(cfg, names, data)
         _check_keypoints(cfg, names, data)
     if cfg.MODEL.META_ARCHITECTURE in ("PanopticFPN", "SemanticSegmentor"):
         if data.contents.without_sem_seg:
@@ -123,7 +126,7 @@ def check_train_set(cfg: CfgNode) -> DataSet:
 
 
 def check_test_sets(cfg: CfgNode, trained: bool = True) -> None:
-    """Raises a UserError if the classes of DATASETS.TEST are not those of the model.
+    """Raises a UserError if DATASETS.TEST has other classes than the model, or lacks its masks.
 
     Args:
         cfg: config of the model.
@@ -134,6 +137,8 @@ def check_test_sets(cfg: CfgNode, trained: bool = True) -> None:
         for key, field in class_keys(cfg):
             other = cfg.DATASETS.TRAIN[0] if trained and cfg.DATASETS.TRAIN else None
             _check_classes(cfg, key, field, name, data.contents.largest_class, other)
+        if MetadataCatalog.get(name).get("json_file"):  # the masks of a COCO file are evaluated
+            _check_has_masks(cfg, annotation_files([name]), data)
 
 
 def _check_classes(
@@ -163,15 +168,21 @@ def _check_classes(
         raise UserError(f"data set {name} has objects of class {largest}, {key} is {number}")
 
 
-def _check_masks(cfg: CfgNode, names: str, data: DataSet) -> None:
+def _check_has_masks(cfg: CfgNode, names: str, data: DataSet) -> None:
+    if cfg.MODEL.META_ARCHITECTURE not in _WITH_MASKS or not cfg.MODEL.MASK_ON:
+        return
+    without = data.contents.without_mask
+    if without:
+        raise UserError(
+            f"MODEL.MASK_ON is True, but {_some(without, data)} of {names} have objects without a "
+            "mask (segmentation): add the masks, or set MODEL.MASK_ON False"
+        )
+
+
+def _check_mask_format(cfg: CfgNode, names: str, data: DataSet) -> None:
+    found = data.contents
     if not cfg.MODEL.MASK_ON:
         return
-    found = data.contents
-    if found.without_mask:
-        raise UserError(
-            f"MODEL.MASK_ON is True, but {_some(found.without_mask, data)} of {names} have objects "
-            "without a mask (segmentation): add the masks, or set MODEL.MASK_ON False"
-        )
     if found.with_rle and cfg.INPUT.MASK_FORMAT == "polygon":
         raise UserError(
             f"INPUT.MASK_FORMAT is polygon, but {_some(found.with_rle, data)} of {names} have "

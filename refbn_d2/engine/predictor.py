@@ -41,7 +41,7 @@ class Predictor(DefaultPredictor):
     Attributes:
         model: Detector in evaluation mode.
         metadata: Metadata of the first data set of DATASETS.TEST, with the names of the classes.
-        image_ids: File name -> id of the images of DATASETS.TEST, so that results can be evaluated.
+        image_ids: Path -> id of the images of DATASETS.TEST, so that results can be evaluated.
 
     Raises:
         UserError: If the weights cannot be read or do not fit the model, or if the config has
@@ -61,7 +61,7 @@ class Predictor(DefaultPredictor):
         # This also sets the names of the classes in the metadata.
         dicts = [d for name in names for d in _dicts_if_there(cfg, name)]
         if cfg.DATASETS.TEST:
-            self.image_ids = {Path(d["file_name"]).name: d["image_id"] for d in dicts}
+            self.image_ids = {Path(d["file_name"]).resolve(): d["image_id"] for d in dicts}
         else:
             self.image_ids = {}
         self.metadata = MetadataCatalog.get(names[0] if names else "__unnamed")

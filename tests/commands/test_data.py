@@ -11,6 +11,8 @@ from PIL import Image
 
 from refbn_d2.commands import data
 from refbn_d2.config import load_config
+from refbn_d2.data.checks import check_test_sets
+from refbn_d2.errors import UserError
 
 
 @pytest.fixture
@@ -118,7 +120,46 @@ def test_show_of_pascal_voc(command, tmp_path):
     register_pascal_voc("mine_val", str(folder), "val", 2007)
     status, out = command("show", "mine_val", "--output", "page.html")
     assert status == 0, out
-    assert "mine_val: 2 images, 2 objects" in (tmp_path / "page.html").read_text()
+    summary = "mine_val: 2 images, 2 objects (median size 20 pixels), at most 1 in an image"
+    assert summary in (tmp_path / "page.html").read_text()
+
+
+def test_what_add_says_about_objects(command, files, tmp_path):
+    content = json.loads(files[1].read_text())
+    empty = content["images"][0]["id"]
+    kept = [a for a in content["annotations"] if a["image_id"] != empty]
+    for n, a in enumerate(kept):
+        a["bbox"][2:], a["iscrowd"] = [n + 1, n + 1], 0
+    content["annotations"] = kept
+    (tmp_path / "sized.json").write_text(json.dumps(content))
+    other = json.loads(files[5].read_text())
+    for a in other["annotations"]:
+        del a["segmentation"]
+    (tmp_path / "boxes.json").write_text(json.dumps(other))
+    args = ["--json", "sized.json", *files[2:4], "--val-json", "boxes.json", *files[6:]]
+    status, out = command("add", "mine", *args)
+    assert status == 0, out
+    assert f"(median size {len(kept) // 2 + 1} pixels)" in out
+    assert "  1 images without objects" in out and "images have objects without a mask" in out
+    # Masks could be trained, but not evaluated.
+    assert not load_config("mine.yaml").MODEL.MASK_ON
+    cfg = load_config("mine.yaml", ["MODEL.MASK_ON", "True"])
+    with pytest.raises(UserError, match="MASK_ON is True, .* boxes.json have objects without a"):
+        check_test_sets(cfg)
+
+
+def test_show_needs_objects_with_classes(command, tmp_path):
+    DatasetCatalog.register(
+        "mine_val", lambda: [{"file_name": "a.png", "image_id": 1, "height": 2, "width": 2}]
+    )
+    status, err = command("show", "mine_val", "--output", "page.html")
+    assert status == 1 and "mine_val: has no classes of objects" in err
+    config = tmp_path / "a.yaml"
+    config.write_text(f"_BASE_: {tiny.CONFIG}\nDATASETS: {{TRAIN: [], TEST: [tiny_val]}}\n")
+    status, out = command("show", "a.yaml", "--output", "page.html")
+    assert status == 0 and "tiny_val" in (tmp_path / "page.html").read_text()
+    status, err = command("show", "a.yaml", "--output", "page.html", "--samples", -1)
+    assert status == 1 and "--samples -1: use a number from 0" in err
 
 
 def test_mistakes_are_one_line_and_write_nothing(command, files, tmp_path):
@@ -140,6 +181,11 @@ def test_mistakes_are_one_line_and_write_nothing(command, files, tmp_path):
         and "another, person" in err
         and not (tmp_path / "mine.yaml").exists()
     )
+    without = json.loads(files[1].read_text())
+    without["images"][-1]["file_name"] = "none.jpg"
+    (tmp_path / "c.json").write_text(json.dumps(without))
+    status, err = command("add", "mine", "--json", "c.json", *files[2:4])
+    assert status == 1 and "images do not exist" in err and not (tmp_path / "mine.yaml").exists()
     status, err = command("show", "nothing", "--output", "page.html")
     assert status == 1 and "neither a data set" in err
 

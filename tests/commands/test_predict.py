@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from detectron2.data import DatasetCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.structures import Boxes, Instances
 
@@ -247,3 +248,44 @@ def test_any_name_of_a_class_can_be_drawn(name):
     image = np.zeros((40, 60, 3), np.uint8)
     picture = draw(image, {"instances": instances([[5, 5, 30, 30]], [0])}, meta)
     assert picture.shape[:2] == (400, 600) and picture.any()
+
+
+def test_images_are_not_overwritten(weights, tiny_data, tmp_path, run):
+    image = val_images(tiny_data)[0]
+    own = tmp_path / "own.png"
+    shutil.copy(image, own)
+    before = own.read_bytes()
+    status, out, err = run("--weights", weights, "--output", tmp_path, own)
+    assert status == 1 and "has images to predict on" in err
+    assert own.read_bytes() == before
+
+
+def test_each_image_has_a_picture_of_its_own(weights, tiny_data, tmp_path, run):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    pixels = cv2.imread(str(val_images(tiny_data)[0]), cv2.IMREAD_GRAYSCALE)
+    for name in ("a.jpg", "a.png", "a_2.png", "b.pgm"):
+        assert cv2.imwrite(str(folder / name), pixels)
+    status, out, err = run("--weights", weights, "--output", tmp_path / "out", folder)
+    assert status == 0 and "4 pictures" in out
+    found = sorted(p.stem for p in (tmp_path / "out").glob("*.png"))
+    assert found == ["a", "a_2", "a_2_2", "b"]
+
+
+def test_only_copies_of_a_data_sets_images_have_their_ids(weights, tiny_data, tmp_path, run):
+    first, second = val_images(tiny_data)[:2]
+    copy, other = tmp_path / "copy" / first.name, tmp_path / "other" / second.name
+    for path, source in ((copy, first), (other, first)):  # "other" only has the name of the second
+        path.parent.mkdir()
+        shutil.copy(source, path)
+    ids = {Path(d["file_name"]).name: d["image_id"] for d in DatasetCatalog.get("tiny_val")}
+    assert run("--weights", weights, "--output", tmp_path / "out", copy, other)[0] == 0
+    entries = json.loads((tmp_path / "out" / predict.RESULTS).read_text())
+    found = {r["file_name"]: r["image_id"] for r in entries}
+    assert found[str(copy)] == ids[first.name]
+    assert found[str(other)] not in ids.values()
+    # One name for two files does not tell which of them is the data set's.
+    assert run("--weights", weights, "--output", tmp_path / "out", copy, first)[0] == 0
+    entries = json.loads((tmp_path / "out" / predict.RESULTS).read_text())
+    found = {r["file_name"]: r["image_id"] for r in entries}
+    assert found[str(first)] == ids[first.name] != found[str(copy)]
