@@ -1,7 +1,7 @@
 """Trains detectors that differ in their norm, and reports whether their AP differs.
 
 run      trains the runs of a matrix file: norms x seeds x images per batch x grouping
-status   lists the runs: done, running, queued or failed, and the time left
+status   lists the runs: done, running, queued, stopped or failed, and the time left
 cancel   stops the runs after they have saved a checkpoint
 report   writes report.json, report.md and report.html from run folders or COCO results files
 """
@@ -19,6 +19,8 @@ from ..errors import UserError, one_line_errors
 from ..evaluation.inputs import IOU_TYPES
 from ..evaluation.interval import MARGIN
 from ..evaluation.printable import printable
+
+MAX_SEEDS = 12  # runs per norm of --until-decided
 
 
 def add_run(commands) -> None:
@@ -40,15 +42,21 @@ def add_run(commands) -> None:
         help="add seeds while a comparison is undecided, at interim looks fixed beforehand",
     )
     parser.add_argument(
-        "--max-seeds", type=int, default=12, help="maximum runs per norm; default %(default)s"
+        "--max-seeds",
+        type=int,
+        help=f"with --until-decided: maximum runs per norm; default {MAX_SEEDS}",
     )
     parser.add_argument(
         "--margin",
         type=float,
-        default=MARGIN,
-        help="differences of AP within +-MARGIN count as practically zero; default %(default)s",
+        help="with --until-decided: differences of AP within +-MARGIN count as practically zero; "
+        f"default {MARGIN:g}",
     )
-    parser.add_argument("--baseline", metavar="NAME", help="norm to compare with; default: first")
+    parser.add_argument(
+        "--baseline",
+        metavar="NAME",
+        help="with --until-decided: norm to compare with; default: first",
+    )
     parser.set_defaults(function=run)
 
 
@@ -93,6 +101,9 @@ def run(args: argparse.Namespace) -> None:
     jobs = 1 if args.jobs is None else args.jobs
     if jobs < 1:
         raise UserError(f"--jobs {jobs}: use at least 1")
+    for name in () if args.until_decided else ("max_seeds", "margin", "baseline"):
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} belongs to --until-decided: give both")
     specs = load_matrix(find_config(args.matrix))
     if args.executor == "slurm":
         from ..experiments.slurm import submit_matrix
@@ -108,7 +119,10 @@ def run(args: argparse.Namespace) -> None:
         return run_matrix(specs, args.output, args.num_gpus, jobs)
 
     if args.until_decided:
-        plan = Plan(args.max_seeds, args.margin)
+        plan = Plan(
+            MAX_SEEDS if args.max_seeds is None else args.max_seeds,
+            MARGIN if args.margin is None else args.margin,
+        )
         run_until_decided(specs, args.output, plan, args.baseline, train, jobs)
         return
     records = train(specs)

@@ -21,7 +21,7 @@ from rich.table import Table
 from .. import classification  # noqa: F401  (registers its data sets)
 from ..config_files import find_config
 from ..errors import UserError, one_line_errors
-from ..experiments.matrix import RunSpec, load_matrix
+from ..experiments.matrix import RunSpec, check_seeds, load_matrix
 from ..experiments.plan import check_data, measured_rates, planned_trainings
 from ..experiments.runner import run_matrix
 from ..experiments.training import Training
@@ -133,6 +133,7 @@ def main() -> None:
     output = args.output or Path("output", Path(matrix).stem)
     specs = load_matrix(matrix)
     if args.seeds:
+        check_seeds(args.seeds)
         specs = list(
             dict.fromkeys(dataclasses.replace(c, seed=s) for s in args.seeds for c in specs)
         )

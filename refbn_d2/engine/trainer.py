@@ -306,6 +306,8 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: Optional[str] = None):
         folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+        if not output_folder and len(cfg.DATASETS.TEST) > 1:  # their files have the same names
+            folder = os.path.join(folder, dataset_name)
         if MetadataCatalog.get(dataset_name).get("evaluator_type") == "coco":
             make_coco_file(cfg, dataset_name, folder)
         return build_evaluator(cfg, dataset_name, folder)

@@ -200,7 +200,7 @@ def load_results(path: Path, gt: GroundTruth, iou_types: Sequence[str]) -> List[
         path: JSON list of {image_id, category_id, score, bbox and/or segmentation}. An empty list
             means that the model found nothing.
         iou_types: What will be evaluated; "segm" needs RLE masks of the image's size, "bbox" a box
-            or a mask (COCO then uses the box around the mask).
+            of each detection, or a mask of each (COCO then uses the boxes around the masks).
 
     Raises:
         UserError: With the name of the file and the first invalid entry.
@@ -212,6 +212,12 @@ def load_results(path: Path, gt: GroundTruth, iou_types: Sequence[str]) -> List[
         problem = _detection_problem(entry, gt, iou_types)
         if problem:
             raise UserError(f"{path}: entry {n}: {problem}")
+    without_box = [n for n, entry in enumerate(content) if "bbox" not in entry]
+    if "bbox" in iou_types and 0 < len(without_box) < len(content):
+        raise UserError(
+            f"{path}: entry {without_box[0]}: has no bbox, but others have: give each detection "
+            "a box, or none"
+        )
     with_mask = [n for n, entry in enumerate(content) if "segmentation" in entry]
     found = rle_problem(
         [content[n]["segmentation"]["counts"] for n in with_mask],

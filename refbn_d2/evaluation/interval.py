@@ -458,13 +458,16 @@ def difference(
     if not np.isfinite(delta):
         return Difference(runs=runs, comparisons=comparisons)
     known = Difference(delta, units=units, runs=runs, comparisons=comparisons, paired=paired)
-    if _same_runs(base, base_replicates, other, other_replicates):
-        return replace(known, images=0.0, run_by_image=0.0, seeds=0.0, df=math.inf)
     # A half without any object of the metric's size has no AP and is left out.
     measured = np.isfinite(base_replicates).all(0) & np.isfinite(other_replicates).all(0)
     a, b = base_replicates[:, measured], other_replicates[:, measured]
     if a.shape[1] < 2:
         return known
+    # Two norms that found nothing, on any images, are not the same for that.
+    if delta == 0 and not np.ptp(a) and not np.ptp(b):
+        return known
+    if _same_runs(base, base_replicates, other, other_replicates):
+        return replace(known, images=0.0, run_by_image=0.0, seeds=0.0, df=math.inf)
     half = units // 2
     scale = half / (units - half)
     images = scale * float((b.mean(0) - a.mean(0)).var(ddof=1))

@@ -8,6 +8,7 @@ looks. With at most K runs per norm, the looks up to k runs together have the er
 then err with a probability of at most 5 %, however their data depend on each other.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
@@ -38,7 +39,7 @@ class Plan:
     def __post_init__(self) -> None:
         if self.max_seeds < 2:
             raise UserError(f"--max-seeds {self.max_seeds}: at least 2 runs per norm show a spread")
-        if not self.margin > 0:
+        if not 0 < self.margin < math.inf:
             raise UserError(f"--margin {self.margin}: must be a number above 0")
 
     @property

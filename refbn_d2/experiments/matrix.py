@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from ..config import load_config
 from ..config_files import config_names, get_config_file
@@ -15,7 +15,7 @@ from ..io import yaml as plain_yaml
 from ..io.coco import is_int, is_number
 from ..registry import known_norms
 
-__all__ = ["RunSpec", "load_matrix"]
+__all__ = ["RunSpec", "check_seeds", "load_matrix"]
 
 _KEYS = {"DETECTOR", "CLASSIFIER", "NORMS", "SEEDS", "IMS_PER_BATCH", "GROUPING_STRENGTH", "OPTS"}
 _KEYS |= {"CLASSIFIER_OPTS", "PRETRAINING_SEED", "PROTOCOL"}
@@ -83,13 +83,16 @@ class RunSpec:
         scale = self.ims_per_batch / solver.IMS_PER_BATCH
         opts = ["SEED", self.seed, "SOLVER.IMS_PER_BATCH", self.ims_per_batch]
         opts += ["SOLVER.BASE_LR", solver.BASE_LR * scale]
-        for key in ("MAX_ITER", "WARMUP_ITERS", "CHECKPOINT_PERIOD"):
-            opts += [f"SOLVER.{key}", max(1, round(solver[key] / scale))]
-        opts += ["TEST.EVAL_PERIOD", round(cfg.TEST.EVAL_PERIOD / scale)]
+        opts += ["SOLVER.REFERENCE_WORLD_SIZE", 0]  # detectron2 would scale a second time
+        periods = {
+            f"SOLVER.{k}": solver[k] for k in ("MAX_ITER", "WARMUP_ITERS", "CHECKPOINT_PERIOD")
+        }
+        for key, value in {**periods, "TEST.EVAL_PERIOD": cfg.TEST.EVAL_PERIOD}.items():
+            opts += [key, max(1, round(value / scale)) if value else 0]  # 0 switches it off
         opts += ["SOLVER.STEPS", tuple(round(s / scale) for s in solver.STEPS)]
         if self.grouping > 0:
             opts += ["DATALOADER.SAMPLER_TRAIN", "GroupedTrainingSampler"]
-            opts += ["DATALOADER.GROUPING_STRENGTH", self.grouping]
+        opts += ["DATALOADER.GROUPING_STRENGTH", self.grouping]
         return [*self.opts, *map(str, opts)]
 
     @property
@@ -170,9 +173,18 @@ _AXES: Dict[str, Tuple[Callable[[Any], bool], str]] = {
     "GROUPING_STRENGTH": (lambda v: is_number(v) and 0 <= v <= 1, "numbers from 0 to 1"),
 }
 _MAX_RUNS = 10_000
+_TEXTS = ("name", "norm", "pretrained")  # of an item of NORMS
 # Names become names of folders.
 _LONGEST = 255
 _SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raises a UserError if one of the values of --seeds cannot be the seed of a run."""
+    is_seed, words = _AXES["SEEDS"]
+    for seed in seeds:
+        if not is_seed(seed):
+            raise UserError(f"--seeds {seed}: use {words}")
 
 
 def _check_part(path: str, part: Dict[str, Any]) -> None:
@@ -189,15 +201,11 @@ def _check_part(path: str, part: Dict[str, Any]) -> None:
         if not isinstance(part.get(key, ""), str):
             raise UserError(f"matrix {path}: {key} is {part[key]!r}: use the path of a config")
     entries = part["NORMS"]
-    for entry in entries if isinstance(entries, list) else [None]:
-        entry = {"norm": entry} if isinstance(entry, str) else entry
-        if not isinstance(entry, dict) or not all(
-            isinstance(entry.get(k), str) for k in {"norm", *({"name", "pretrained"} & set(entry))}
-        ):
-            raise UserError(
-                f"matrix {path}: NORMS is {entries!r}: use a list of norm types or of "
-                "{name, norm, pretrained, opts}"
-            )
+    if not isinstance(entries, list) or not all(map(_is_entry, entries)):
+        raise UserError(
+            f"matrix {path}: NORMS is {entries!r}: use a list of norm types or of "
+            "{name, norm, pretrained, opts}"
+        )
     if not isinstance(part.get("PROTOCOL", ""), str):
         raise UserError(f"matrix {path}: PROTOCOL is {part['PROTOCOL']!r}: use a name")
     named = [e["name"] for e in entries if isinstance(e, dict) and "name" in e]
@@ -218,6 +226,15 @@ def _check_part(path: str, part: Dict[str, Any]) -> None:
     runs = math.prod(len(part.get(key, [0])) for key in (*_AXES, "NORMS"))
     if runs > _MAX_RUNS:
         raise UserError(f"matrix {path}: has {runs} runs: use at most {_MAX_RUNS}")
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether an item of NORMS is a norm type, or {name, norm, pretrained, opts}."""
+    if isinstance(entry, str):
+        return True
+    if not isinstance(entry, dict) or not {"norm"} <= set(entry) <= {"opts", *_TEXTS}:
+        return False
+    return all(isinstance(entry.get(k, "x"), str) for k in _TEXTS) and entry.get("name") != ""
 
 
 def _specs(path: str, matrix: Dict[str, Any]) -> List[RunSpec]:
@@ -242,13 +259,15 @@ def _specs(path: str, matrix: Dict[str, Any]) -> List[RunSpec]:
             "opts": opts,
             "pretraining_opts": pretraining_opts,
         }
-        batch = load_config(detector, list(opts)).SOLVER.IMS_PER_BATCH
+        cfg = load_config(detector, list(opts))
+        batch = cfg.SOLVER.IMS_PER_BATCH
         if batch < 1:
             raise UserError(f"matrix {path}: SOLVER.IMS_PER_BATCH is {batch}: use at least 1")
-        variants.append((variant, batch))
+        grouped = cfg.DATALOADER.SAMPLER_TRAIN == "GroupedTrainingSampler"
+        variants.append((variant, batch, cfg.DATALOADER.GROUPING_STRENGTH if grouped else 0.0))
     axes = itertools.product(
         matrix.get("SEEDS", [1]),
-        matrix.get("GROUPING_STRENGTH", [0.0]),
+        matrix.get("GROUPING_STRENGTH", [None]),
         matrix.get("IMS_PER_BATCH", [None]),
         variants,
     )
@@ -257,13 +276,13 @@ def _specs(path: str, matrix: Dict[str, Any]) -> List[RunSpec]:
             seed=int(seed),
             config=detector,
             classifier=classifier,
-            ims_per_batch=int(ims_per_batch or default),
-            grouping=float(grouping),
+            ims_per_batch=int(ims_per_batch or own_batch),
+            grouping=float(own_grouping if grouping is None else grouping),
             protocol=matrix.get("PROTOCOL", ""),
             pretraining_seed=matrix.get("PRETRAINING_SEED"),
             **variant,
         )
-        for seed, grouping, ims_per_batch, (variant, default) in axes
+        for seed, grouping, ims_per_batch, (variant, own_batch, own_grouping) in axes
     ]
 
 

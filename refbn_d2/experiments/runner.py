@@ -114,6 +114,8 @@ class _Runner:
 
 def _gpu_sets(num_gpus: int, jobs: int) -> List[str]:
     """Returns the CUDA_VISIBLE_DEVICES of each simultaneous training."""
+    if num_gpus < 0:
+        raise UserError(f"--num-gpus {num_gpus}: use a number from 0")
     visible = os.environ.get(_GPUS)
     gpus = visible.split(",") if visible else [str(n) for n in range(torch.cuda.device_count())]
     if jobs * num_gpus > len(gpus):
@@ -164,7 +166,7 @@ def run_matrix(
 
     Raises:
         UserError: If ``output`` contains one of the runs with another config, if another process
-            runs one of the seeds in it, or if there are not enough GPUs.
+            runs one of the seeds in it, or if there are not as many GPUs.
     """
     gpus = _gpu_sets(num_gpus, jobs)  # before anything is written, because there may be too few
     trainings = trainings_of(specs)

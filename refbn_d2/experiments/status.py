@@ -46,6 +46,9 @@ _KILLED = {
 }
 
 
+_STATUSES = ("done", "running", "queued", "stopped", "failed")
+
+
 class JobState(NamedTuple):
     """State of a job in SLURM: its name, such as RUNNING, and the reason why the job waits."""
 
@@ -59,7 +62,7 @@ class Stage:
 
     Attributes:
         folder: Folder of the training, relative to the output folder.
-        status: "done", "running", "queued", "failed" or "stopped".
+        status: "done", "running", "queued", "stopped" or "failed".
         detail: Reason why it failed or waits, or its current iteration.
         seconds: Time of all its attempts in seconds; 0 if unknown.
         left: Remaining time in seconds; None if unknown.
@@ -205,9 +208,10 @@ def _end_of(log: Path, state: Optional[JobState], error: str) -> str:
 
 def summary(stages: List[Stage]) -> str:
     """Describes all trainings: one line with their numbers and the time left, then one for each."""
-    numbers = {s: sum(x.status == s for x in stages) for s in ("done", "running", "queued")}
-    numbers["failed"] = sum(x.status in ("failed", "stopped") for x in stages)
-    first = f"{len(stages)} trainings: " + ", ".join(f"{n} {s}" for s, n in numbers.items())
+    numbers = {s: sum(x.status == s for x in stages) for s in _STATUSES}
+    first = f"{len(stages)} trainings: " + ", ".join(
+        f"{n} {s}" for s, n in numbers.items() if n or s != "stopped"
+    )
     left = _seconds_left(stages)
     if left is not None:
         first += f"; about {timedelta(seconds=round(left))} (h:mm:ss) left"

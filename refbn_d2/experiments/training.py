@@ -81,15 +81,18 @@ class Training:
         """Content of its record, without its status and time.
 
         Raises:
-            UserError: If a detector is not evaluated on any data set.
+            UserError: If a detector is not evaluated on exactly one data set.
         """
         cfg = load_config(self.config, self.opts())
         common = {"iterations": cfg.SOLVER.MAX_ITER, "settings": self.settings()}
         if self.is_pretraining:
             return common
         spec = self.spec
-        if not cfg.DATASETS.TEST:
-            raise UserError(f"{spec.name}: DATASETS.TEST is empty: a run of a matrix is evaluated")
+        if len(cfg.DATASETS.TEST) != 1:
+            raise UserError(
+                f"{spec.name}: DATASETS.TEST is {tuple(cfg.DATASETS.TEST)}: name the one data set "
+                "that the runs of the matrix are compared on"
+            )
         metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
         return {
             "name": spec.name,

@@ -144,7 +144,7 @@ def test_what_add_says_about_objects(command, files, tmp_path):
     # Masks could be trained, but not evaluated.
     assert not load_config("mine.yaml").MODEL.MASK_ON
     cfg = load_config("mine.yaml", ["MODEL.MASK_ON", "True"])
-    with pytest.raises(UserError, match="MASK_ON is True, .* boxes.json have objects without a"):
+    with pytest.raises(UserError, match="MASK_ON is True, .*boxes.json have objects without a"):
         check_test_sets(cfg)
 
 

@@ -267,6 +267,15 @@ def test_precise_bn_of_batchnorm_weights_takes_the_reference_of_a_training(tiny_
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
+def test_results_of_two_data_sets_do_not_replace_each_other(tiny_data, tmp_path):
+    names = {("tiny_val",): "inference", ("tiny_val", "tiny_train"): "inference/tiny_val"}
+    for sets, folder in names.items():
+        cfg = _config(OUTPUT_DIR=tmp_path, DATASETS__TEST=sets)
+        evaluator = Trainer.build_evaluator(cfg, "tiny_val")
+        assert evaluator._output_dir == str(tmp_path / folder)
+        assert Trainer.build_evaluator(cfg, "tiny_val", "own")._output_dir == "own"
+
+
 def _semantic(folder):
     return SemSegEvaluator("interrupted", distributed=False, output_dir=folder)
 

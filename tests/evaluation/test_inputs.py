@@ -70,11 +70,21 @@ def test_bad_results(case, gt, write):
 
 
 def test_good_results_pass(gt, write):
-    found = [entry(), entry(bbox=[-3.5, 0, 4, 0]), entry(score=0), entry(bbox=...)]
+    found = [entry(), entry(bbox=[-3.5, 0, 4, 0]), entry(score=0)]
     assert load_results(write(found), gt, IOU_TYPES) == found
     assert load_results(write([]), gt, IOU_TYPES) == []
     only_boxes = [entry(segmentation=...)]
     assert load_results(write(only_boxes), gt, ["bbox"]) == only_boxes
+    only_masks = [entry(bbox=...)]
+    assert load_results(write(only_masks), gt, IOU_TYPES) == only_masks
+
+
+def test_boxes_of_some_detections_only_are_refused(gt, write):
+    """pycocotools, too, decides by one of them whether to take boxes or the masks' boxes."""
+    mixed = [entry(), entry(bbox=...)]
+    with pytest.raises(UserError, match="entry 1: has no bbox, but others have"):
+        load_results(write(mixed), gt, IOU_TYPES)
+    assert load_results(write(mixed), gt, ["segm"]) == mixed
 
 
 def test_missing_files_and_folders(gt, tmp_path):

@@ -182,6 +182,22 @@ def test_one_result_under_two_names(files, write):
     assert len(made.warnings) == 2 and str(copies[0]) in made.warnings[1]
 
 
+def test_norms_that_found_nothing_right_are_not_the_same(files, write):
+    """Each run has another detection that hits no object."""
+    image, category = 1, json.loads(files["a"].read_text())[0]["category_id"]
+    junk = [
+        write([{"image_id": image, "category_id": category, "score": 0.5, "bbox": [n, 0, 1, 1]}])
+        for n in range(6)
+    ]
+    for count in (1, 3):
+        runs = named_results(
+            [f"A={','.join(map(str, junk[:count]))}", f"B={','.join(map(str, junk[3:][:count]))}"]
+        )
+        made = compare(runs, files["gt"], ["bbox"], None, 20, 0)
+        assert made.groups["A"].mean("bbox", "AP") == made.groups["B"].mean("bbox", "AP") == 0
+        assert made.verdict("B") is Verdict.UNDECIDED and only(made)["mark"] != "≈"
+
+
 def test_a_copy_is_no_second_seed(files, write):
     copy = write(files["a"].read_text())
     runs = named_results([f"A={files['a']},{copy}", f"B={files['b']}"])

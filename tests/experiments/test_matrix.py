@@ -7,11 +7,13 @@ import sys
 import pytest
 import tiny
 import yaml
+from detectron2.engine import DefaultTrainer
 
 from refbn_d2.config import load_config
 from refbn_d2.errors import UserError
 from refbn_d2.evaluation.runs import find_runs
-from refbn_d2.experiments.matrix import load_matrix
+from refbn_d2.experiments.matrix import check_seeds, load_matrix
+from refbn_d2.experiments.training import Training
 from refbn_d2.registry import known_norms
 
 QUICK = tiny.ROOT / "configs/Quick"
@@ -42,6 +44,60 @@ def test_every_run_sees_the_same_number_of_images(tmp_path, images):
     assert solver.IMS_PER_BATCH == images
     assert solver.IMS_PER_BATCH * solver.MAX_ITER == base.IMS_PER_BATCH * base.MAX_ITER
     assert solver.BASE_LR / images == pytest.approx(base.BASE_LR / base.IMS_PER_BATCH)
+
+
+def test_the_schedule_is_scaled_as_detectron2_scales_it(tmp_path):
+    """SOLVER.REFERENCE_WORLD_SIZE is detectron2's own scaling, for another number of processes."""
+    opts = ["SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 400, "SOLVER.STEPS", "(200, 320)"]
+    opts += ["SOLVER.CHECKPOINT_PERIOD", 100, "SOLVER.WARMUP_ITERS", 40, "TEST.EVAL_PERIOD", 80]
+    (spec,) = load_matrix(_matrix(tmp_path, NORMS=["BN"], OPTS=opts, IMS_PER_BATCH=[8]))
+    found = load_config(spec.config, spec.detector_opts())
+    theirs = load_config(spec.config, [*map(str, opts), "SOLVER.REFERENCE_WORLD_SIZE", "1"])
+    theirs = DefaultTrainer.auto_scale_workers(theirs, num_workers=2)
+    for key in (
+        "IMS_PER_BATCH",
+        "BASE_LR",
+        "MAX_ITER",
+        "WARMUP_ITERS",
+        "CHECKPOINT_PERIOD",
+        "STEPS",
+    ):
+        assert found.SOLVER[key] == theirs.SOLVER[key], key
+    assert found.SOLVER.MAX_ITER == 200 and found.SOLVER.STEPS == (100, 160)
+    assert found.TEST.EVAL_PERIOD == theirs.TEST.EVAL_PERIOD == 40
+
+
+def test_what_is_switched_off_stays_off_and_the_rest_stays_on(tmp_path):
+    opts = ["SOLVER.IMS_PER_BATCH", 4, "SOLVER.WARMUP_ITERS", 0, "TEST.EVAL_PERIOD", 1]
+    opts += ["SOLVER.REFERENCE_WORLD_SIZE", 4]
+    for images in (4, 16):
+        (spec,) = load_matrix(_matrix(tmp_path, NORMS=["BN"], OPTS=opts, IMS_PER_BATCH=[images]))
+        cfg = load_config(spec.config, spec.detector_opts())
+        assert cfg.SOLVER.WARMUP_ITERS == 0 and cfg.TEST.EVAL_PERIOD == 1
+        # Otherwise detectron2 would train with another batch than run.json says.
+        assert cfg.SOLVER.REFERENCE_WORLD_SIZE == 0 and cfg.SOLVER.IMS_PER_BATCH == images
+
+
+def test_grouping_is_the_configs_or_that_of_the_matrix(tmp_path):
+    grouped = ["DATALOADER.SAMPLER_TRAIN", "GroupedTrainingSampler"]
+    grouped += ["DATALOADER.GROUPING_STRENGTH", 0.9]
+    for content, wanted in [
+        ({"OPTS": grouped}, [0.9]),
+        ({"OPTS": grouped, "GROUPING_STRENGTH": [0.0, 0.5]}, [0.0, 0.5]),
+        ({"OPTS": ["DATALOADER.GROUPING_STRENGTH", 0.9]}, [0.0]),  # a sampler without groups
+        ({}, [0.0]),
+    ]:
+        specs = load_matrix(_matrix(tmp_path, NORMS=["BN"], **content))
+        assert [spec.grouping for spec in specs] == wanted
+        trained = [load_config(spec.config, spec.detector_opts()).DATALOADER for spec in specs]
+        assert [d.GROUPING_STRENGTH for d in trained] == wanted
+
+
+def test_runs_are_compared_on_one_data_set(tmp_path):
+    opts = ["DATASETS.TEST", "('coco_2017_val', 'coco_2014_val')"]
+    (spec,) = load_matrix(_matrix(tmp_path, NORMS=["BN"], OPTS=opts))
+    with pytest.raises(UserError, match="coco_2014_val'.: name the one data set"):
+        Training(spec).record()
 
 
 def test_an_entry_can_have_a_name_other_weights_and_options(tmp_path):
@@ -80,6 +136,8 @@ def test_a_matrix_elsewhere_names_shipped_configs(tmp_path):
         ({"NORMS": ["BN", "BN"]}, "same protocol, name"),
         ({"NORMS": "BN"}, "NORMS is 'BN'"),
         ({"NORMS": [{"name": "a"}]}, "use a list of norm types"),
+        ({"NORMS": [{"norm": "BN", "opt": ["SEED", 1]}]}, "use a list of norm types"),
+        ({"NORMS": [{"norm": "BN", "name": ""}]}, "use a list of norm types"),
         ({"SEEDS": 3}, "SEEDS is 3"),
         ({"IMS_PER_BATCH": ["two"]}, "IMS_PER_BATCH"),
         ({"OPTS": "SEED 3"}, "options are 'SEED 3'"),
@@ -162,6 +220,12 @@ def test_the_matrix_sets_the_norm_in_any_config(tmp_path, classifier, key):
         detector = load_config(spec.config, spec.detector_opts()).MODEL
         pretraining = load_config(spec.classifier, spec.classifier_opts()).MODEL
         assert detector.RESNETS.NORM == pretraining[key].NORM == norm
+
+
+def test_seeds_of_the_command_line():
+    check_seeds([0, 2**31 - 1])
+    with pytest.raises(UserError, match="--seeds -1: use whole numbers from 0"):
+        check_seeds([1, -1])
 
 
 def test_a_missing_or_malformed_matrix(tmp_path):

@@ -16,6 +16,7 @@ import tiny
 import torch
 import yaml
 
+from refbn_d2.commands import compare
 from refbn_d2.errors import UserError
 from refbn_d2.experiments import process, runner
 from refbn_d2.experiments.matrix import load_matrix
@@ -304,8 +305,24 @@ def test_killed_its_training_ends_and_keeps_its_state(tmp_path, tiny_data):
 
 
 def test_a_matrix_without_an_evaluation_is_refused(tmp_path):
-    with pytest.raises(UserError, match="BN.*DATASETS.TEST is empty"):
+    with pytest.raises(UserError, match="BN: DATASETS.TEST is ..: name the one data set"):
         run_matrix(_specs(tmp_path, OPTS=["DATASETS.TEST", "()"]), tmp_path / "out", 0, 1)
+
+
+def test_options_of_the_command_that_would_have_no_effect(tmp_path, monkeypatch, capsys):
+    arguments = ["compare", "run", "Matrix/quickstart.yaml", "--output", str(tmp_path / "out")]
+    for option, message in (
+        (["--max-seeds", "4"], "--max-seeds belongs to --until-decided"),
+        (["--margin", "1"], "--margin belongs to --until-decided"),
+        (["--baseline", "BN"], "--baseline belongs to --until-decided"),
+        (["--until-decided", "--margin", "inf"], "--margin inf: must be a number above 0"),
+        (["--num-gpus", "-1"], "--num-gpus -1: use a number from 0"),
+    ):
+        monkeypatch.setattr(sys, "argv", [*arguments, *option])
+        with pytest.raises(SystemExit):
+            compare.main()
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
 
 
 def test_two_calls_may_take_different_seeds_of_one_output(tmp_path, child):

@@ -70,6 +70,7 @@ def test_a_local_matrix_is_seen_and_cancelled_from_outside(tmp_path, specs, monk
     assert queued == "queued   BN/batch4_grouping0/seed2"
     assert ended.startswith(f"process {os.getpid()} on ")
     assert [x.status for x in find_stages(output)] == ["stopped", "stopped"]
+    assert summary(find_stages(output)).startswith("2 trainings: 0 done, 0 running, 0 queued, 2 st")
     assert cancel(output) == []
 
 
