@@ -129,7 +129,7 @@ def load_matrix(path: str) -> List[RunSpec]:
     * DETECTOR, CLASSIFIER (optional): config files whose norm is replaced; paths are relative to
       the matrix file.
     * NORMS: list of norm types or of {name, norm, pretrained, opts}.
-    * SEEDS, IMS_PER_BATCH, GROUPING_STRENGTH: lists of values.
+    * SEEDS, IMS_PER_BATCH, GROUPING_STRENGTH: lists of values; default: 1, and the config's own.
     * OPTS, CLASSIFIER_OPTS: KEY VALUE pairs for all runs and for all pretraining.
     * PRETRAINING_SEED: seed of one pretraining for all seeds.
     * PROTOCOL: name of the product if there are several.
