@@ -142,7 +142,7 @@ RESULTS = {
     "category is nothing": ((0, "category_id"), None, "entry 0: has no category_id"),
     "entry is nothing": ((0,), None, "entry 0"),
     "entry is a list": ((0,), [1], "entry 0"),
-    "box without a mask's box": ((0, T), DROP, None),
+    "mask without a box": ((0, T), DROP, "entry 0: has no bbox, but others have"),
     "key that is not COCO's": ((0, "extra"), [1], None),
 }
 
