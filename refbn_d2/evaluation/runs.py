@@ -137,6 +137,9 @@ def _read_run(file: Path) -> Run:
     grouping = field("grouping", (int, float))
     if grouping is not None and not 0 <= grouping <= 1:
         raise UserError(f"{file}: grouping {grouping} is not within 0 and 1")
+    batch = field("ims_per_batch", int)
+    if batch is not None and not 1 <= batch < 2**31:
+        raise UserError(f"{file}: ims_per_batch {batch!r:.80} is not a number of images")
     results, log = file.parent / RESULTS, file.parent / "metrics.json"
     error = ""
     if content.get("status") != "finished":
@@ -149,7 +152,7 @@ def _read_run(file: Path) -> Run:
         name=name,
         seed=seed,
         results=results,
-        ims_per_batch=field("ims_per_batch", int),
+        ims_per_batch=batch,
         grouping=grouping,
         protocol=field("protocol", str),
         seed_is_known=True,

@@ -53,6 +53,8 @@ def test_unfinished_runs_say_why(tmp_path):
         ({"seed": "x"}, "seed 'x'"),
         ({"seed": True}, "seed True"),
         ({"ims_per_batch": 1.5}, "ims_per_batch 1.5"),
+        ({"ims_per_batch": -3}, "ims_per_batch -3 is not a number of images"),
+        ({"ims_per_batch": 10**400}, "ims_per_batch 10+ is not a number of images"),
         ({"grouping": 2}, "grouping 2 is not within"),
         ({"iid": "yes"}, "iid 'yes'"),
         ({"gt": 4}, "gt 4"),
