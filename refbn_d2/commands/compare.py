@@ -20,7 +20,7 @@ from ..evaluation.inputs import IOU_TYPES
 from ..evaluation.interval import MARGIN
 from ..evaluation.printable import printable
 
-MAX_SEEDS = 12  # runs per norm of --until-decided
+MOST_SEEDS = 12  # runs per norm of --until-decided
 
 
 def add_run(commands) -> None:
@@ -44,7 +44,7 @@ def add_run(commands) -> None:
     parser.add_argument(
         "--max-seeds",
         type=int,
-        help=f"with --until-decided: maximum runs per norm; default {MAX_SEEDS}",
+        help=f"with --until-decided: maximum runs per norm; default {MOST_SEEDS}",
     )
     parser.add_argument(
         "--margin",
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> None:
 
     if args.until_decided:
         plan = Plan(
-            MAX_SEEDS if args.max_seeds is None else args.max_seeds,
+            MOST_SEEDS if args.max_seeds is None else args.max_seeds,
             MARGIN if args.margin is None else args.margin,
         )
         run_until_decided(specs, args.output, plan, args.baseline, train, jobs)

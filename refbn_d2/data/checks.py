@@ -23,7 +23,8 @@ _CLASS_KEYS: Dict[str, Tuple[Tuple[str, str], ...]] = {
     "FCOS": (("MODEL.RETINANET.NUM_CLASSES", "thing_classes"),),
 }
 
-_WITH_MASKS = ("GeneralizedRCNN", "PanopticFPN")
+# Meta-architectures that may have a mask head and a keypoint head.
+_RCNNS = ("GeneralizedRCNN", "PanopticFPN")
 
 
 def class_keys(cfg: CfgNode) -> Tuple[Tuple[str, str], ...]:
@@ -111,9 +112,10 @@ def check_train_set(cfg: CfgNode) -> DataSet:
                 f"{_some(data.contents.without_annotations, data)} of {names} have no annotations: "
                 "give images without objects an empty list"
             )
-    _check_has_masks(cfg, names, data)
-    if cfg.MODEL.META_ARCHITECTURE in _WITH_MASKS:
+    if _predicts_masks(cfg):
+        _check_has_masks(names, data)
         _check_mask_format(cfg, names, data)
+    if cfg.MODEL.META_ARCHITECTURE in _RCNNS:
         _check_keypoints(cfg, names, data)
     if cfg.MODEL.META_ARCHITECTURE in ("PanopticFPN", "SemanticSegmentor"):
         if data.contents.without_sem_seg:
@@ -137,8 +139,9 @@ def check_test_sets(cfg: CfgNode, trained: bool = True) -> None:
         for key, field in class_keys(cfg):
             other = cfg.DATASETS.TRAIN[0] if trained and cfg.DATASETS.TRAIN else None
             _check_classes(cfg, key, field, name, data.contents.largest_class, other)
-        if MetadataCatalog.get(name).get("json_file"):  # the masks of a COCO file are evaluated
-            _check_has_masks(cfg, annotation_files([name]), data)
+        # The masks of a COCO file are evaluated.
+        if _predicts_masks(cfg) and MetadataCatalog.get(name).get("json_file"):
+            _check_has_masks(annotation_files([name]), data)
 
 
 def _check_classes(
@@ -168,9 +171,11 @@ def _check_classes(
         raise UserError(f"data set {name} has objects of class {largest}, {key} is {number}")
 
 
-def _check_has_masks(cfg: CfgNode, names: str, data: DataSet) -> None:
-    if cfg.MODEL.META_ARCHITECTURE not in _WITH_MASKS or not cfg.MODEL.MASK_ON:
-        return
+def _predicts_masks(cfg: CfgNode) -> bool:
+    return cfg.MODEL.META_ARCHITECTURE in _RCNNS and cfg.MODEL.MASK_ON
+
+
+def _check_has_masks(names: str, data: DataSet) -> None:
     without = data.contents.without_mask
     if without:
         raise UserError(
@@ -181,8 +186,6 @@ def _check_has_masks(cfg: CfgNode, names: str, data: DataSet) -> None:
 
 def _check_mask_format(cfg: CfgNode, names: str, data: DataSet) -> None:
     found = data.contents
-    if not cfg.MODEL.MASK_ON:
-        return
     if found.with_rle and cfg.INPUT.MASK_FORMAT == "polygon":
         raise UserError(
             f"INPUT.MASK_FORMAT is polygon, but {_some(found.with_rle, data)} of {names} have "

@@ -84,11 +84,13 @@ class RunSpec:
         opts = ["SEED", self.seed, "SOLVER.IMS_PER_BATCH", self.ims_per_batch]
         opts += ["SOLVER.BASE_LR", solver.BASE_LR * scale]
         opts += ["SOLVER.REFERENCE_WORLD_SIZE", 0]  # detectron2 would scale a second time
-        periods = {
-            f"SOLVER.{k}": solver[k] for k in ("MAX_ITER", "WARMUP_ITERS", "CHECKPOINT_PERIOD")
-        }
-        for key, value in {**periods, "TEST.EVAL_PERIOD": cfg.TEST.EVAL_PERIOD}.items():
-            opts += [key, max(1, round(value / scale)) if value else 0]  # 0 switches it off
+        for key, steps in (
+            ("SOLVER.MAX_ITER", solver.MAX_ITER),
+            ("SOLVER.WARMUP_ITERS", solver.WARMUP_ITERS),
+            ("SOLVER.CHECKPOINT_PERIOD", solver.CHECKPOINT_PERIOD),
+            ("TEST.EVAL_PERIOD", cfg.TEST.EVAL_PERIOD),
+        ):
+            opts += [key, max(1, round(steps / scale)) if steps else 0]  # 0 switches it off
         opts += ["SOLVER.STEPS", tuple(round(s / scale) for s in solver.STEPS)]
         if self.grouping > 0:
             opts += ["DATALOADER.SAMPLER_TRAIN", "GroupedTrainingSampler"]

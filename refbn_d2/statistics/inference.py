@@ -72,8 +72,8 @@ def recompute_statistics(
     momenta = [m.momentum for m in norms]
     sums: Dict[nn.Module, List[Tensor]] = {}
 
-    def check(m: nn.Module, _inputs: Tuple[Tensor]) -> None:
-        if isinstance(m, ReferenceNorm2d) and not m.has_reference:
+    def check(m: ReferenceNorm2d, _inputs: Tuple[Tensor]) -> None:
+        if not m.has_reference:
             raise ValueError(
                 "the model has norms without a reference; call capture_reference(model, batch) "
                 "first"
@@ -95,7 +95,8 @@ def recompute_statistics(
             row = torch.cat([row, own.mean(0).square(), own.square().mean(0)])
         sums[m] = sums[m] + row if m in sums else row
 
-    handles = [m.register_forward_pre_hook(check) for m in norms]
+    with_reference = [m for m in norms if isinstance(m, ReferenceNorm2d)]
+    handles = [m.register_forward_pre_hook(check) for m in with_reference]
     handles += [m.register_forward_hook(add) for m in norms]
     try:
         for m in training:

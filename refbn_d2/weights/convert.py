@@ -119,7 +119,7 @@ def convert(
     config = {"MODEL.WEIGHTS": target, **resnet}
     if norm:
         config["MODEL.RESNETS.NORM"] = norm
-    if norm in ("BN", "RefBN", "EvalRefBN"):
+    if norm not in ("", "FrozenBN"):
         config["MODEL.BACKBONE.FREEZE_AT"] = 0  # frozen stages have FrozenBN regardless of NORM
     if from_torchvision:
         config.update(_TORCHVISION_CONFIG)
