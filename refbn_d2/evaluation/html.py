@@ -9,22 +9,20 @@ import numpy as np
 
 from . import plots
 from .ap import ERRORS, METRICS, Evaluation
+from .columns import PAPER_TABLE, columns, paper_applies
 from .comparison import Comparison, NormRuns
 from .forest import Row, forest
 from .interval import Difference, difference
 from .printable import printable
 from .text import (
     MARKS,
-    PAPER_TABLE,
     SEEDS_LEAD,
     TITLES,
     bounds,
-    columns,
     interval,
     model_text,
     number,
     p_value,
-    paper_applies,
     seed_lines,
     signed,
     verdicts,

@@ -3,18 +3,16 @@
 import re
 from typing import List, Sequence
 
+from .columns import PAPER_TABLE, columns, paper_applies
 from .comparison import Comparison
 from .printable import printable
 from .text import (
-    PAPER_TABLE,
     SEEDS_LEAD,
     TITLES,
-    columns,
     interval,
     model_text,
     number,
     p_value,
-    paper_applies,
     seed_lines,
     signed,
     verdicts,

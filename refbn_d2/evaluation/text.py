@@ -3,29 +3,18 @@
 import math
 from typing import Dict, List, Optional, Tuple
 
-from .ap import METRICS
 from .comparison import Comparison
 from .interval import CONFIDENCE, EFFECT, LARGEST, PAIRED_FROM, Difference, RunsNeeded, Verdict
 
 __all__ = [
-    "MARKS", "PAPER_TABLE", "SEEDS_LEAD", "TITLES", "bounds", "columns", "interval", "model_text",
-    "number", "p_value", "paper_applies", "seed_lines", "signed", "verdict_text", "verdicts",
+    "MARKS", "SEEDS_LEAD", "TITLES", "bounds", "interval", "model_text", "number", "p_value",
+    "seed_lines", "signed", "verdict_text", "verdicts",
 ]  # fmt: skip
 
 TITLES = {"bbox": "box", "segm": "mask"}
 MARKS = {Verdict.BETTER: "▲", Verdict.WORSE: "▼", Verdict.SAME: "≈", Verdict.UNDECIDED: "?"}
 # Fields of COCO images that may name the cluster of an image.
 CLUSTER_FIELDS = ("video", "camera", "site", "group")
-# Table 3 of the paper (Luo et al. 2020): AP, AP50, AP75 of boxes, then of masks.
-PAPER_TABLE = {
-    "BN": (36.5, 56.8, 40.6, 32.4, 53.3, 34.3),
-    "RefBN": (37.0, 56.8, 41.2, 32.5, 53.0, 34.7),
-}
-
-
-def columns(comparison: Comparison) -> List[tuple]:
-    """(iou type, metric) of the paper's Table 3: AP, AP50, AP75 of boxes, then of masks."""
-    return [(t, m) for t in comparison.iou_types for m in METRICS[:3]]
 
 
 def number(value: Optional[float]) -> str:
@@ -53,11 +42,6 @@ def p_value(p: Optional[float]) -> str:
     if p is None or math.isnan(p):
         return "–"
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
-
-
-def paper_applies(comparison: Comparison) -> bool:
-    """Whether the paper's own numbers belong beside the measured ones."""
-    return {g.name for g in comparison.groups.values()} >= set(PAPER_TABLE)
 
 
 def verdicts(comparison: Comparison) -> List[Dict[str, str]]:
